@@ -1,0 +1,1 @@
+"""The science: what a microscope session or an SFX analysis does (no torch, no Ray)."""

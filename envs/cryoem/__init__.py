@@ -1,0 +1,1 @@
+"""Cryo-EM navigation: which hole to image next, against the clock."""

@@ -1,0 +1,54 @@
+"""Switch level -> minutes -> reward (SSL²-RL, appendix B.1; CryoRL's public code)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray, NavigationConfig, Preset
+
+PRESETS: dict[Preset, NavigationConfig] = {
+    # Rewards: SSL²-RL, appendix B.1, exp(-0.185 (t - t_hole)). The minutes are inferred: they are
+    # what these rewards imply, and they stand commented out in CryoRL's code.
+    "paper": NavigationConfig(minutes=(2, 5, 10, 15), reward=(1.0, 0.57, 0.23, 0.09)),
+    # CryoRL's public code (2022): exp(-0.1 (t - t_hole)), rounded as it is there.
+    "cryorl": NavigationConfig(
+        minutes=(1, 2, 6, 8),
+        reward=(1.0, 0.90, 0.61, 0.50),
+        is_threshold_inclusive=True,
+        num_past_steps=4,
+    ),
+    # Medians between exposures of a queued session (Aldolase, March 2021, from its timestamps):
+    # 91, 185, 186 and 195 s; rewards by CryoRL's rule exp(-0.1 (t - t_hole)).
+    "leginon-2021": NavigationConfig(
+        minutes=(91 / 60, 185 / 60, 186 / 60, 195 / 60),
+        reward=(1.0, *(float(np.exp(-0.1 * (s - 91) / 60)) for s in (185, 186, 195))),
+        is_threshold_inclusive=True,
+        num_past_steps=4,
+    ),
+}
+
+
+def is_low_ctf(ctf_max_resolution_A: ArrayLike, config: NavigationConfig) -> BoolArray:
+    """True where the measured resolution (Å) is good; NaN is not."""
+    ctf = np.asarray(ctf_max_resolution_A)
+    threshold = config.low_ctf_threshold_A
+    return ctf <= threshold if config.is_threshold_inclusive else ctf < threshold
+
+
+def outcome(table: HoleTable, config: NavigationConfig) -> FloatArray:
+    """(N,) what a visit is worth: the truth where labelled, the probability f(x) where not.
+
+    The semi-supervised reward of SSL²-RL, section 3.
+    """
+    truth = is_low_ctf(table.ctf_max_resolution_A, config)
+    return np.where(table.is_labelled, truth, table.p_low_ctf)
+
+
+def switch_level(
+    grid: tuple[IntArray, IntArray],
+    square: tuple[IntArray, IntArray],
+    patch: tuple[IntArray, IntArray],
+) -> IntArray:
+    """``Switch`` of moves from [0] to [1], elementwise over the parents' codes."""
+    return (patch[0] != patch[1]).astype(np.int8) + (square[0] != square[1]) + (grid[0] != grid[1])

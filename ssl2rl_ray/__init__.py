@@ -1,0 +1,1 @@
+"""The learning: what learns on ``envs`` (torch, Ray)."""
