@@ -52,3 +52,29 @@ def switch_level(
 ) -> IntArray:
     """``Switch`` of moves from [0] to [1], elementwise over the parents' codes."""
     return (patch[0] != patch[1]).astype(np.int8) + (square[0] != square[1]) + (grid[0] != grid[1])
+
+
+def visit_value(table: HoleTable, config: NavigationConfig) -> FloatArray:
+    """(N,) what a visit earns as a fraction of ``reward[switch]``.
+
+    ``switch``: the outcome. ``dynamic`` (CryoRL's public code): where labelled, 1 up to the
+    threshold, then 1.2 exp(-1.7 (ctf - threshold) / 2) - 0.2, never below 0; p where not.
+    """
+    if config.reward_rule == "switch":
+        return outcome(table, config)
+    excess = np.maximum(table.ctf_max_resolution_A - config.low_ctf_threshold_A, 0)
+    decay = np.maximum(1.2 * np.exp(-1.7 * excess / 2) - 0.2, 0)
+    return np.where(table.is_labelled, decay, table.p_low_ctf)
+
+
+def next_streak(streak: IntArray, switch: IntArray, outcome: FloatArray) -> IntArray:
+    """High-CTF holes in a row within the patch, after a visit; a new patch starts afresh.
+
+    A hole without a label is high where its probability of being low is under one half.
+    """
+    return np.where(outcome < 0.5, np.where(switch == 0, streak, 0) + 1, 0)
+
+
+def penalty(streak: IntArray, config: NavigationConfig) -> FloatArray:
+    """Reward (at most 0, at least -1) for the visit that made the streak this long."""
+    return -np.minimum(config.high_ctf_penalty * streak, 1.0)

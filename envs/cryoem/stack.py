@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
-from envs.cryoem.rewards import is_low_ctf, outcome
+from envs.cryoem.rewards import is_low_ctf, outcome, visit_value
 from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray, NavigationConfig
 
 Observation = dict[str, np.ndarray]
-"""The compact observation of E episodes (what a policy may know, besides the sessions' predictions).
+"""The compact observation of E episodes: all that a policy may know beside the predictions.
 
-``visited`` (E, ceil(N/8)) uint8, bits in little order as ``numpy.packbits`` makes them;
+``visited`` (E, ceil(N/8)) uint8, bits in little order as ``numpy.packbits`` makes them; padding is
+never visited, so the holes that are left are ``~visited & (patch_id >= 0)``;
 ``recent`` (E, num_past_steps) int32, the holes visited last, [:, 0] the current one, -1 = none;
 ``elapsed_min`` (E, 1) float32; ``session`` (E, 1) int32, the row of the stack.
 """
@@ -30,8 +31,41 @@ class Policy(Protocol):
     name: str
 
     def act(self, observation: Observation, rng: np.random.Generator) -> IntArray:
-        """(E,) the next hole of each episode, an unvisited one; an outcome may be read only where visited."""
+        """(E,) the next hole of each episode, an unvisited one.
+
+        An outcome may be read only where visited.
+        """
         ...
+
+
+class StackShape(NamedTuple):
+    """The padded sizes of a stack."""
+
+    num_holes: int
+    num_patches: int
+    num_squares: int
+    num_grids: int
+    num_slots: int
+    """K, holes of the largest patch."""
+
+    @classmethod
+    def of(cls, table: HoleTable) -> Self:
+        """The sizes of one session."""
+        return cls(
+            len(table),
+            len(table.patch_name),
+            len(table.square_name),
+            len(table.grid_name),
+            int(np.bincount(table.patch_id).max()),
+        )
+
+    def union(self, *others: StackShape) -> StackShape:
+        """The smallest shape that holds all of them."""
+        return StackShape(*map(max, zip(self, *others, strict=True)))
+
+    def holds(self, other: StackShape) -> bool:
+        """True where a session of that shape fits."""
+        return all(mine >= its for mine, its in zip(self, other, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +81,9 @@ class SessionStack:
     p_low_ctf: FloatArray
     """(T, N) float32, padding 0."""
     outcome: FloatArray
-    """(T, N) float32: reward value of a visit, ``rewards.outcome``; padding 0."""
+    """(T, N) float32: 1 low-CTF, 0 high, p where not labelled, ``rewards.outcome``; padding 0."""
+    value: FloatArray
+    """(T, N) float64: fraction of ``reward[switch]`` earned, ``rewards.visit_value``; padding 0."""
     ctf_A: FloatArray
     """(T, N) float32, Å, NaN = unknown; padding NaN."""
     slot_hole: IntArray
@@ -58,17 +94,32 @@ class SessionStack:
     """(T, S) int32; padding: G - 1 of the padded shape."""
     num_grids: int
     """G of the padded shape."""
+    table_hash: np.ndarray
+    """(T,) str: ``HoleTable.content_hash``."""
+
+    @property
+    def shape(self) -> StackShape:
+        """The padded sizes."""
+        _, p, k = self.slot_hole.shape
+        n, s = self.p_low_ctf.shape[1], self.square_grid.shape[1]
+        return StackShape(n, p, s, self.num_grids, k)
 
     @classmethod
-    def of(cls, tables: Sequence[HoleTable], config: NavigationConfig) -> Self:
-        """Stacks tables; the outcome of each hole follows the config's threshold."""
+    def of(
+        cls,
+        tables: Sequence[HoleTable],
+        config: NavigationConfig,
+        *,
+        at_least: StackShape | None = None,
+    ) -> Self:
+        """Stacks tables, padded to the largest (or to ``at_least``); outcomes follow the config.
+
+        Raises ValueError where there is no table.
+        """
         if not tables:
             raise ValueError("no sessions: at least one hole table is needed")
-        n = max(len(t) for t in tables)
-        p = max(len(t.patch_name) for t in tables)
-        s = max(len(t.square_name) for t in tables)
-        g = max(len(t.grid_name) for t in tables)
-        k = max(int(np.bincount(t.patch_id).max()) for t in tables)
+        shapes = [StackShape.of(table) for table in tables]
+        n, p, s, g, k = (at_least or shapes[0]).union(*shapes)
         shape = (len(tables), n)
         stack = cls(
             num_holes=np.array([len(t) for t in tables], np.int32),
@@ -77,11 +128,13 @@ class SessionStack:
             patch_id=np.full(shape, -1, np.int32),
             p_low_ctf=np.zeros(shape, np.float32),
             outcome=np.zeros(shape, np.float32),
+            value=np.zeros(shape),
             ctf_A=np.full(shape, np.nan, np.float32),
             slot_hole=np.full((len(tables), p, k), -1, np.int32),
             patch_square=np.full((len(tables), p), s - 1, np.int32),
             square_grid=np.full((len(tables), s), g - 1, np.int32),
             num_grids=g,
+            table_hash=np.full(len(tables), "", "U16"),
         )
         for row, table in enumerate(tables):
             stack.put(row, table, config)
@@ -93,22 +146,15 @@ class SessionStack:
         Raises ValueError if the session is larger than the stack's padded shape.
         """
         n = len(table)
-        t, p, k = self.slot_hole.shape
-        sizes = np.bincount(table.patch_id)
-        if (
-            n > self.p_low_ctf.shape[1]
-            or len(sizes) > p
-            or sizes.max() > k
-            or (
-                len(table.square_name) > self.square_grid.shape[1]
-                or len(table.grid_name) > self.num_grids
-            )
-        ):
+        needed = StackShape.of(table)
+        if not self.shape.holds(needed):
             raise ValueError(
-                f"session of {n} holes, {len(sizes)} patches of up to {sizes.max()} does not fit a stack of "
-                f"{self.p_low_ctf.shape[1]} holes, {p} patches of up to {k}: stack it with the larger sessions"
+                f"session of {needed} does not fit a stack of {self.shape}: "
+                "stack it together with the larger sessions, or name its shape in at_least"
             )
+        sizes = np.bincount(table.patch_id)
         self.num_holes[row] = n
+        self.table_hash[row] = table.content_hash
         for name, padding in (
             ("grid_id", -1),
             ("square_id", -1),
@@ -118,6 +164,7 @@ class SessionStack:
             column = getattr(self, name)
             column[row, :n], column[row, n:] = getattr(table, name), padding
         self.outcome[row, :n], self.outcome[row, n:] = outcome(table, config), 0
+        self.value[row, :n], self.value[row, n:] = visit_value(table, config), 0
         self.ctf_A[row, :n], self.ctf_A[row, n:] = table.ctf_max_resolution_A, np.nan
         order = np.lexsort((np.arange(n), -self.p_low_ctf[row, :n], table.patch_id))
         start = np.cumsum(sizes) - sizes
