@@ -1,0 +1,140 @@
+"""An env runner that moves all its episodes in one numpy step and returns columns, not episodes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.utils.metrics import SAMPLE_TIMER
+
+Columnar = dict[str, Any]
+"""What ``Replay.push`` takes: ``observation`` (dict of (K, E, ...)), ``action``, ``reward``,
+``minutes``, ``is_terminated``, ``is_truncated``, ``is_move`` (K, E), ``is_continued`` (E,)."""
+
+
+class ColumnarEnvRunner(SingleAgentEnvRunner):
+    """Samples K = ``rollout_fragment_length`` vector steps as columns.
+
+    RLlib's own runner makes an object of every episode and passes every step of every episode
+    through connectors, in Python; with many episodes side by side that costs more than env and
+    network together (``benchmarks/rllib_overhead.py``). ``env_config["make_env"]`` makes the
+    vector env from ``num_envs`` and ``seed``; it must reset in the next step (gymnasium's
+    ``AutoresetMode.NEXT_STEP``) and its observation must have ``elapsed_min``.
+    """
+
+    def make_env(self) -> None:
+        """Makes the vector env; each runner has a seed of its own."""
+        if self.env is not None:
+            self.env.close()
+        make = self.config.env_config["make_env"]
+        self.num_envs = self.config.num_envs_per_env_runner
+        self.env = make(num_envs=self.num_envs, seed=self._seed)
+        self._observation: dict[str, np.ndarray] | None = None
+        self._needs_initial_reset = True
+
+    def sample(
+        self,
+        *,
+        num_timesteps: int | None = None,
+        num_episodes: int | None = None,
+        explore: bool | None = None,
+        random_actions: bool = False,
+        force_reset: bool = False,
+    ) -> Columnar:
+        """Plays K vector steps; a move that goes past the fragment is continued by the next.
+
+        ``num_timesteps`` counts steps of all episodes together. Whole episodes
+        (``num_episodes``) and ``random_actions`` are not for training: use ``train.play``.
+        """
+        if num_episodes is not None or random_actions:
+            raise ValueError(
+                "num_episodes, random_actions: this runner plays fragments; whole episodes are "
+                "played by ssl2rl_ray.train.play, random actions by epsilon_initial = 1"
+            )
+        if self.env is None or self.module is None:
+            raise ValueError("this runner has no env: set num_env_runners=0 or use remote runners")
+        with self.metrics.log_time(SAMPLE_TIMER):
+            if num_timesteps is None:
+                num_rows = int(self.config.get_rollout_fragment_length(self.worker_index))
+            else:
+                num_rows = max(1, num_timesteps // self.num_envs)
+            return self._play(
+                num_rows, self.config.explore if explore is None else explore, force_reset
+            )
+
+    def _play(self, num_rows: int, explore: bool, force_reset: bool) -> Columnar:
+        is_continued = not (force_reset or self._needs_initial_reset)
+        if not is_continued:
+            seed = self._seed if self._needs_initial_reset else None
+            self._observation, _ = self.env.reset(seed=seed)
+            self._needs_initial_reset = False
+            self._has_ended = np.zeros(self.num_envs, np.bool_)
+            self._return = np.zeros(self.num_envs)
+            self._length = np.zeros(self.num_envs, np.int64)
+            self._started_s = np.full(self.num_envs, time.perf_counter())
+        shape = (num_rows, self.num_envs)
+        columns: Columnar = {
+            "observation": {
+                key: np.empty((*shape, *value.shape[1:]), value.dtype)
+                for key, value in self._observation.items()
+            },
+            "action": np.empty(shape, np.int32),
+            "reward": np.empty(shape, np.float32),
+            "minutes": np.empty(shape, np.float32),
+            "is_terminated": np.empty(shape, np.bool_),
+            "is_truncated": np.empty(shape, np.bool_),
+            "is_move": np.empty(shape, np.bool_),
+            "is_continued": np.full(self.num_envs, is_continued),
+            "worker_index": self.worker_index or 0,
+        }
+        forward = self.module.forward_exploration if explore else self.module.forward_inference
+        num_runners = self.config.num_env_runners or 1
+        num_steps = num_ended = 0
+        for row in range(num_rows):
+            observation = self._observation
+            for key, value in observation.items():
+                columns["observation"][key][row] = value
+            batch = {
+                Columns.OBS: {
+                    k: torch.as_tensor(v, device=self._device) for k, v in observation.items()
+                }
+            }
+            t = self.num_env_steps_sampled_lifetime + num_steps * num_runners
+            action = forward(batch, t=t)[Columns.ACTIONS].cpu().numpy()
+            reached, reward, terminated, truncated, _ = self.env.step(action)
+            is_move = ~self._has_ended
+            columns["action"][row] = action
+            columns["reward"][row] = reward
+            columns["minutes"][row] = (reached["elapsed_min"] - observation["elapsed_min"])[:, 0]
+            columns["is_terminated"][row] = terminated
+            columns["is_truncated"][row] = truncated
+            columns["is_move"][row] = is_move
+            num_steps += int(is_move.sum())
+            self._return += reward * is_move
+            self._length += is_move
+            self._has_ended = terminated | truncated
+            for episode in np.flatnonzero(self._has_ended):
+                num_ended += 1
+                self._end_episode(episode)
+            self._observation = reached
+        self.num_env_steps_sampled_lifetime += num_steps * num_runners
+        self._increase_sampled_metrics(num_steps, num_ended)
+        return columns
+
+    def _end_episode(self, episode: int) -> None:
+        now = time.perf_counter()
+        self._log_episode_metrics(
+            int(self._length[episode]),
+            float(self._return[episode]),
+            now - self._started_s[episode],
+        )
+        self._return[episode], self._length[episode] = 0.0, 0
+        self._started_s[episode] = now
+
+    def get_metrics(self) -> dict[str, Any]:
+        """What was logged since the last call."""
+        return self.metrics.reduce()
