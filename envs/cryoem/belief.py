@@ -1,0 +1,334 @@
+"""What is believed of the holes that are left, and what going there is worth at a price per minute.
+
+Model (calibration.py): logit P(low) = base + u_grid + u_square + u_patch, u ~ N(0, sd²). Outcomes of
+visited holes move the u's; a Lagrange multiplier ``price`` (reward per minute) turns the tree
+knapsack into sums over patches, squares and grids (Everett 1963, relaxation of a knapsack).
+Pure functions over E episodes at once. Shape letters as in ``stack``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from envs.cryoem.stack import SessionStack
+from envs.cryoem.types import BoolArray, FloatArray, IntArray, NavigationConfig, RandomEffects
+
+_NEWTON_STEPS = 4  # quadratic convergence: the fifth step moves u by less than 1e-6
+_BISECTIONS = 14  # price to 1e-4 of its range
+
+
+def base_logit(p_low_ctf: FloatArray, effects: RandomEffects) -> FloatArray:
+    """The fixed part of the logit whose average over all u is ``p_low_ctf`` (probit approximation)."""
+    p = np.clip(p_low_ctf, 1e-4, 1 - 1e-4)
+    return np.log(p / (1 - p)) * np.sqrt(1 + np.pi / 8 * effects.variance).astype(p.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where E episodes play: rows of a stack gathered once, with what the sums over groups need."""
+
+    slot_hole: IntArray
+    """(E, P, K); -1 = padding."""
+    base: FloatArray
+    """(E, P, K) base logit, 0 in padding."""
+    hole_patch: IntArray
+    """(E, N); padding P - 1."""
+    hole_base: FloatArray
+    """(E, N)"""
+    outcome: FloatArray
+    """(E, N); read it only where visited."""
+    patch_square: IntArray
+    """(E, P)"""
+    patch_grid: IntArray
+    """(E, P)"""
+    square_grid: IntArray
+    """(E, S)"""
+    num_grids: int
+
+    @classmethod
+    def of(cls, stack: SessionStack, session: IntArray, effects: RandomEffects) -> Layout:
+        """Gathers the sessions (E,) of the episodes."""
+        slot_hole = stack.slot_hole[session]
+        p = stack.p_low_ctf[session]
+        hole_base = base_logit(p, effects)
+        episode = np.arange(len(session))[:, None, None]
+        square_grid = stack.square_grid[session]
+        patch_square = stack.patch_square[session]
+        return cls(
+            slot_hole=slot_hole,
+            base=np.where(slot_hole >= 0, hole_base[episode, slot_hole], np.float32(0)),
+            hole_patch=np.maximum(stack.patch_id[session], 0),
+            hole_base=hole_base,
+            outcome=stack.outcome[session],
+            patch_square=patch_square,
+            patch_grid=np.take_along_axis(square_grid, patch_square, 1),
+            square_grid=square_grid,
+            num_grids=stack.num_grids,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Belief:
+    """P(low) of every hole that is left, given the outcomes so far."""
+
+    p: FloatArray
+    """(E, P, K) float32, best first within a patch as in ``slot_hole``; 0 where visited or padding."""
+    is_left: BoolArray
+    """(E, P, K)"""
+    shift: FloatArray
+    """(E, P) posterior mean of u_grid + u_square + u_patch, logits."""
+    variance: FloatArray
+    """(E, P) its posterior variance."""
+    num_visited: FloatArray
+    """(E, P)"""
+    num_low: FloatArray
+    """(E, P) sum of the outcomes of the visited holes."""
+
+
+def _sum(values: FloatArray, index: IntArray, size: int) -> FloatArray:
+    """(E, size) sums of values (E, M) over groups index (E, M)."""
+    flat = index + np.arange(len(index))[:, None] * size
+    out = np.bincount(flat.ravel(), values.ravel(), len(index) * size)
+    return out.reshape(len(index), size).astype(np.float32)
+
+
+def _max(values: FloatArray, index: IntArray, size: int) -> FloatArray:
+    """(E, size) maxima of values (E, M) over groups index (E, M); -inf where a group is empty."""
+    out = np.full(len(index) * size, -np.inf, np.float32)
+    flat = index + np.arange(len(index))[:, None] * size
+    np.maximum.at(out, flat.ravel(), values.ravel())
+    return out.reshape(len(index), size)
+
+
+def believe(
+    layout: Layout, visited: BoolArray, effects: RandomEffects, *, is_adaptive: bool = True
+) -> Belief:
+    """Belief after the visits (E, N); ``is_adaptive=False`` ignores their outcomes.
+
+    The posterior mode of all u by Newton's method, exact at each step because the groups are nested
+    (patches are eliminated into squares, squares into grids); variances from the same elimination
+    (Laplace).
+    """
+    num_episodes, num_patches, _ = layout.slot_hole.shape
+    num_squares, num_grids = layout.square_grid.shape[1], layout.num_grids
+    episode, hole = np.nonzero(visited)
+    patch = layout.hole_patch[episode, hole] + episode * num_patches
+    y = layout.outcome[episode, hole]
+    base = layout.hole_base[episode, hole]
+    size = num_episodes * num_patches
+
+    def by_patch(values: FloatArray | None) -> FloatArray:
+        return np.bincount(patch, values, size).reshape(num_episodes, num_patches)
+
+    num_visited = by_patch(None)
+    num_low = by_patch(y)
+    square_index, grid_index = layout.patch_square, layout.square_grid
+    tau_g, tau_s, tau_p = (
+        1 / max(sd, 1e-6) ** 2 for sd in (effects.sd_grid, effects.sd_square, effects.sd_patch)
+    )
+    u_g = np.zeros((num_episodes, num_grids))
+    u_s = np.zeros((num_episodes, num_squares))
+    u_p = np.zeros((num_episodes, num_patches))
+
+    def up(values_g: FloatArray, values_s: FloatArray) -> FloatArray:
+        """(E, P) sum of a grid's and a square's value, brought to patches."""
+        return np.take_along_axis(values_g, layout.patch_grid, 1) + np.take_along_axis(
+            values_s, square_index, 1
+        )
+
+    for step in range(_NEWTON_STEPS + 1 if is_adaptive else 1):
+        eta = base + (up(u_g, u_s) + u_p).ravel()[patch]
+        q = 1 / (1 + np.exp(-eta))
+        w_p = by_patch(q * (1 - q)) if is_adaptive else np.zeros_like(u_p)
+        # Eliminate patches, then squares: Schur complements of the nested Hessian.
+        keep_p = tau_p / (tau_p + w_p)
+        w_s = _sum(w_p * keep_p, square_index, num_squares)
+        keep_s = tau_s / (tau_s + w_s)
+        w_g = _sum(w_s * keep_s, grid_index, num_grids)
+        if step == _NEWTON_STEPS or not is_adaptive:
+            break  # the weights at the mode, for the variances
+        g_p = by_patch(y - q)
+        g_s_own, g_g_own = -tau_s * u_s, -tau_g * u_g
+        g_s = _sum(g_p - (1 - keep_p) * (g_p - tau_p * u_p), square_index, num_squares)
+        g_g = _sum(g_s - (1 - keep_s) * (g_s + g_s_own), grid_index, num_grids)
+        d_g = (g_g + g_g_own) / (tau_g + w_g)
+        d_s = (g_s + g_s_own - w_s * np.take_along_axis(d_g, grid_index, 1)) / (tau_s + w_s)
+        d_p = (g_p - tau_p * u_p - w_p * up(d_g, d_s)) / (tau_p + w_p)
+        u_g, u_s, u_p = u_g + d_g, u_s + d_s, u_p + d_p
+
+    var_g = 1 / (tau_g + w_g)
+    var_s = 1 / (tau_s + w_s) + keep_s**2 * np.take_along_axis(var_g, grid_index, 1)
+    variance = 1 / (tau_p + w_p) + keep_p**2 * np.take_along_axis(var_s, square_index, 1)
+    shift = up(u_g, u_s) + u_p
+    scale = 1 / np.sqrt(1 + np.pi / 8 * variance)
+    slot_visited = visited[np.arange(num_episodes)[:, None, None], layout.slot_hole]
+    is_left = (layout.slot_hole >= 0) & ~slot_visited
+    logit = (layout.base + shift[..., None].astype(np.float32)) * scale[..., None].astype(np.float32)
+    p = np.where(is_left, 1 / (1 + np.exp(-logit)), np.float32(0))
+    return Belief(
+        p=p,
+        is_left=is_left,
+        shift=shift.astype(np.float32),
+        variance=variance.astype(np.float32),
+        num_visited=num_visited.astype(np.float32),
+        num_low=num_low.astype(np.float32),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Sorted:
+    """The holes left of each patch, best first, with running sums."""
+
+    p: FloatArray
+    """(E, P, K + 1); 0 past the last hole left."""
+    sum_p: FloatArray
+    """(E, P, K + 1) sum of the first k."""
+
+    @classmethod
+    def of(cls, belief: Belief) -> Sorted:
+        """Sorts once; every price then costs a count and three look-ups a patch."""
+        p = np.zeros((*belief.p.shape[:2], belief.p.shape[2] + 1), np.float32)
+        np.negative(belief.p, out=p[..., :-1])
+        p[..., :-1].sort(-1)
+        np.negative(p[..., :-1], out=p[..., :-1])
+        sum_p = np.zeros_like(p)
+        np.cumsum(p[..., :-1], -1, out=sum_p[..., 1:])
+        return cls(p=p, sum_p=sum_p)
+
+
+@dataclass(frozen=True, eq=False)
+class Worth:
+    """Expected reward minus price x minutes of what is left, by patch (E, P), at each way in.
+
+    ``patch[L]`` enters by a switch of level L (1 patch, 2 square, 3 grid) and then takes every hole
+    worth its minutes; -inf where nothing is left. The switch pays a lower reward, so a patch is
+    entered by the hole that loses least by it: the one next to the price, not the best one.
+    """
+
+    stay: FloatArray
+    """Surplus if one is there already."""
+    patch: tuple[FloatArray, FloatArray, FloatArray, FloatArray]
+    """By ``Switch``; [HOLE] is ``stay`` again."""
+    num_worth: FloatArray
+    """Holes worth their minutes."""
+    minutes: FloatArray
+    """Minutes of that patch's holes, entered from another patch of its square."""
+
+
+def worth(sorted_p: Sorted, price: FloatArray, config: NavigationConfig) -> Worth:
+    """Surpluses at a price (E, P) or (E, 1), reward per minute."""
+    t, r = config.minutes, config.reward
+    cost = price.astype(np.float32) * np.float32(t[0])
+    num = (r[0] * sorted_p.p > cost[..., None]).sum(-1)
+    index = num[..., None]
+    stay = r[0] * np.take_along_axis(sorted_p.sum_p, index, -1)[..., 0] - num * cost
+    above = np.take_along_axis(sorted_p.p, np.maximum(index - 1, 0), -1)[..., 0]
+    below = np.take_along_axis(sorted_p.p, index, -1)[..., 0]
+    is_empty = sorted_p.p[..., 0] <= 0
+    patch = [stay]
+    for level in (1, 2, 3):
+        swap = np.where(num > 0, (r[level] - r[0]) * above + cost, -np.inf)
+        add = np.where(below > 0, r[level] * below, -np.inf)
+        way_in = np.maximum(swap, add) - price * np.float32(t[level])
+        patch.append(np.where(is_empty, -np.inf, stay + way_in).astype(np.float32))
+    minutes = np.where(is_empty, 0, t[1] + t[0] * np.maximum(num - 1, 0))
+    return Worth(
+        stay=stay.astype(np.float32), patch=tuple(patch), num_worth=num, minutes=minutes
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class GroupWorth:
+    """Worth of squares and grids: entered by their best patch, every patch worth entering taken."""
+
+    square: tuple[FloatArray, FloatArray]
+    """(E, S) entered by a switch of square, of grid; -inf where nothing is left."""
+    grid: FloatArray
+    """(E, G)"""
+    square_minutes: FloatArray
+    grid_minutes: FloatArray
+
+
+def group_worth(layout: Layout, value: Worth, config: NavigationConfig) -> GroupWorth:
+    """Sums patches into squares and squares into grids; the entry pays the higher switch."""
+    t = config.minutes
+    num_squares, num_grids = layout.square_grid.shape[1], layout.num_grids
+    own = np.maximum(value.patch[1], 0)
+    total = _sum(own, layout.patch_square, num_squares)
+    entry_s = _max(value.patch[2] - own, layout.patch_square, num_squares)
+    entry_g = _max(value.patch[3] - own, layout.patch_square, num_squares)
+    minutes = _sum(value.minutes * (own > 0), layout.patch_square, num_squares) + (t[2] - t[1])
+    square_s, square_g = total + entry_s, total + entry_g
+    own_s = np.maximum(square_s, 0)
+    grid = _sum(own_s, layout.square_grid, num_grids) + _max(
+        square_g - own_s, layout.square_grid, num_grids
+    )
+    grid_minutes = _sum(minutes * (own_s > 0), layout.square_grid, num_grids) + (t[3] - t[2])
+    return GroupWorth(
+        square=(square_s, square_g), grid=grid, square_minutes=minutes, grid_minutes=grid_minutes
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the episodes stand: codes (E,) of the current patch, square and grid, as masks."""
+
+    patch: IntArray
+    square: IntArray
+    grid: IntArray
+    other_patch: BoolArray
+    """(E, P) other patches of the current square."""
+    other_square: BoolArray
+    """(E, S) other squares of the current grid."""
+    other_grid: BoolArray
+    """(E, G)"""
+
+    @classmethod
+    def of(cls, layout: Layout, current: IntArray) -> Place:
+        """From the current hole (E,)."""
+        row = np.arange(len(current))
+        patch = layout.hole_patch[row, current]
+        square = layout.patch_square[row, patch]
+        grid = layout.square_grid[row, square]
+        num_patches, num_squares = layout.patch_square.shape[1], layout.square_grid.shape[1]
+        return cls(
+            patch=patch,
+            square=square,
+            grid=grid,
+            other_patch=(layout.patch_square == square[:, None])
+            & (np.arange(num_patches) != patch[:, None]),
+            other_square=(layout.square_grid == grid[:, None])
+            & (np.arange(num_squares) != square[:, None]),
+            other_grid=np.arange(layout.num_grids) != grid[:, None],
+        )
+
+
+def price_of_time(
+    layout: Layout,
+    sorted_p: Sorted,
+    place: Place,
+    minutes_left: FloatArray,
+    config: NavigationConfig,
+) -> FloatArray:
+    """(E,) reward per minute at which everything worth its minutes just fills the time left.
+
+    Bisection; 0 where the time suffices for all that is left.
+    """
+    low = np.zeros(len(minutes_left), np.float32)
+    high = np.full(len(minutes_left), config.reward[0] / min(config.minutes), np.float32)
+    row = np.arange(len(minutes_left))
+    for _ in range(_BISECTIONS):
+        price = (low + high) / 2
+        value = worth(sorted_p, price[:, None], config)
+        groups = group_worth(layout, value, config)
+        minutes = (
+            value.num_worth[row, place.patch] * config.minutes[0]
+            + (value.minutes * ((value.patch[1] > 0) & place.other_patch)).sum(-1)
+            + (groups.square_minutes * ((groups.square[0] > 0) & place.other_square)).sum(-1)
+            + (groups.grid_minutes * ((groups.grid > 0) & place.other_grid)).sum(-1)
+        )
+        is_too_cheap = minutes > minutes_left
+        low, high = np.where(is_too_cheap, price, low), np.where(is_too_cheap, high, price)
+    return (low + high) / 2

@@ -1,0 +1,200 @@
+"""Planners: what a user would pick instead of RL, all acting through the policy interface.
+
+Each is a function from (layout, belief inputs) to the next hole of E episodes at once; shape letters
+as in ``stack``. NAV_NOTES-style names are the public ones: see ``PLANNERS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from envs.cryoem import belief
+from envs.cryoem.belief import Layout, Place, Sorted
+from envs.cryoem.rates import PRIOR_COLUMN, candidate_rows
+from envs.cryoem.stack import Observation, SessionStack, unpack_visited
+from envs.cryoem.types import BoolArray, FloatArray, IntArray, NavigationConfig, RandomEffects
+
+_RATE_BISECTIONS = 14
+
+
+@dataclass(frozen=True, eq=False)
+class Situation:
+    """What a planner may know of E episodes: the sessions' predictions and its own visits."""
+
+    stack: SessionStack
+    session: IntArray
+    """(E,) row of the stack."""
+    visited: BoolArray
+    """(E, N)"""
+    current: IntArray
+    """(E,)"""
+    minutes_left: FloatArray
+    """(E,)"""
+    config: NavigationConfig
+    effects: RandomEffects
+    layout: Layout
+    rng: np.random.Generator
+
+    @property
+    def is_open(self) -> BoolArray:
+        """(E, N) holes that may be visited."""
+        exists = np.arange(self.visited.shape[1]) < self.stack.num_holes[self.session][:, None]
+        return exists & ~self.visited
+
+
+def random(now: Situation) -> IntArray:
+    """Any unvisited hole, uniformly."""
+    return np.where(now.is_open, now.rng.random(now.visited.shape), -1).argmax(1)
+
+
+def predict_rank(now: Situation) -> IntArray:
+    """The unvisited hole of the highest predicted probability, wherever it is."""
+    return np.where(now.is_open, now.stack.p_low_ctf[now.session], -1).argmax(1)
+
+
+def snowball(now: Situation) -> IntArray:
+    """Stay near: the best hole predicted low (p > 0.5) of the patch, else square, else grid, else any.
+
+    Where nothing predicted low is left, the nearest hole of the highest probability (the heuristic
+    that beats CryoRL's DQN on its own data).
+    """
+    place = Place.of(now.layout, now.current)
+    parent = now.layout.hole_patch
+    square = np.take_along_axis(now.layout.patch_square, parent, 1)
+    grid = np.take_along_axis(now.layout.square_grid, square, 1)
+    nearness = (
+        (parent == place.patch[:, None]).astype(np.int8)
+        + (square == place.square[:, None])
+        + (grid == place.grid[:, None])
+    )
+    p = now.stack.p_low_ctf[now.session]
+    score = 8 * (p > 0.5) + 2 * nearness + p
+    return np.where(now.is_open, score, -1).argmax(1)
+
+
+def rate_index(now: Situation, *, is_adaptive: bool = False) -> IntArray:
+    """The move whose run earns the most per minute (Gittins-like index over stay and the switches).
+
+    A group's rate is the price at which its surplus vanishes (Dinkelbach 1967): the best prefix of
+    a patch's holes, with further patches merged while they raise the rate.
+    """
+    layout, config, row = now.layout, now.config, np.arange(len(now.current))
+    believed = belief.believe(layout, now.visited, now.effects, is_adaptive=is_adaptive)
+    sorted_p, place = Sorted.of(believed), Place.of(layout, now.current)
+    highest = config.reward[0] / config.minutes[0]
+
+    def solve(level: int) -> tuple[FloatArray, FloatArray]:
+        """(E, P) rate of the patch (1), its square (2) or its grid (3), and the patch's way in."""
+        low = np.zeros(layout.patch_square.shape, np.float32)
+        high = np.full_like(low, highest)
+        for _ in range(_RATE_BISECTIONS):
+            rate = (low + high) / 2
+            value = belief.worth(sorted_p, rate, config)
+            groups = belief.group_worth(layout, value, config)
+            surplus = (
+                value.patch[1],
+                np.take_along_axis(groups.square[0], layout.patch_square, 1),
+                np.take_along_axis(groups.grid, layout.patch_grid, 1),
+            )[level - 1]
+            is_too_cheap = surplus > 0
+            low, high = np.where(is_too_cheap, rate, low), np.where(is_too_cheap, high, rate)
+        value = belief.worth(sorted_p, low, config)
+        has_holes = sorted_p.p[..., 0] > 0
+        way_in = value.patch[level] - np.maximum(value.patch[1], 0)
+        return np.where(has_holes, low, -1), np.where(has_holes, way_in, -np.inf)
+
+    in_square = layout.patch_square == place.square[:, None]
+    in_grid = layout.patch_grid == place.grid[:, None]
+    where = (place.other_patch, in_grid & ~in_square, ~in_grid)
+    best = believed.p[row, place.patch].max(-1)
+    rates = [best * highest - (best <= 0)]
+    targets = [place.patch]
+    for level in (1, 2, 3):
+        rate, way_in = solve(level)
+        rate = np.where(where[level - 1], rate, -1)
+        top = rate.max(1)
+        # Among the patches of the best group, the entry that loses least.
+        targets.append(np.where(rate >= top[:, None], way_in, -np.inf).argmax(1))
+        rates.append(top)
+    level = np.stack(rates, 1).argmax(1)
+    patch = np.stack(targets, 1)[row, level]
+    p = believed.p[row, patch]
+    cost = np.stack(rates, 1).max(1) * config.minutes[0]
+    forgone = np.where((level == 0)[:, None], 0, np.maximum(config.reward[0] * p - cost[:, None], 0))
+    reward = np.array(config.reward)[level]
+    slot = np.where(p > 0, reward[:, None] * p - forgone, -np.inf).argmax(1)
+    return layout.slot_hole[row, patch, slot]
+
+
+def adaptive(now: Situation) -> IntArray:
+    """``rate_index`` with probabilities updated by what was measured in patch, square and grid."""
+    return rate_index(now, is_adaptive=True)
+
+
+def lagrange(now: Situation) -> IntArray:
+    """The move that the price of time likes best, replanned at every step with updated beliefs.
+
+    The price is the Lagrange multiplier at which the tree knapsack, in expectation, just spends the
+    time left (belief.price_of_time): stay while the hole is worth its minutes, else go where the
+    surplus is. The strongest planner that was measured.
+    """
+    rows, hole, mask = candidate_rows(
+        now.stack,
+        now.session,
+        now.visited,
+        now.current,
+        now.minutes_left,
+        now.config,
+        now.effects,
+        layout=now.layout,
+    )
+    pick = np.where(mask, rows[..., PRIOR_COLUMN], -np.inf).argmax(1)
+    return hole[np.arange(len(pick)), pick]
+
+
+PLANNERS: dict[str, Callable[[Situation], IntArray]] = {
+    "random": random,
+    "predict-rank": predict_rank,
+    "snowball": snowball,
+    "rate-index": rate_index,
+    "adaptive": adaptive,
+    "lagrange": lagrange,
+}
+"""Planners that decide step by step; ``knapsack`` and ``oracle`` are tours planned at the start."""
+TOURS = ("knapsack", "oracle")
+NAMES = (*PLANNERS, *TOURS)
+
+
+@dataclass(eq=False)
+class Planner:
+    """A planner as a ``Policy`` on the sessions of a stack."""
+
+    name: str
+    stack: SessionStack
+    config: NavigationConfig
+    effects: RandomEffects = field(default_factory=RandomEffects)
+    _layout: tuple[bytes, Layout] | None = None
+
+    def act(self, observation: Observation, rng: np.random.Generator) -> IntArray:
+        """(E,) the next hole of each episode."""
+        session = observation["session"][:, 0]
+        key = session.tobytes()
+        if self._layout is None or self._layout[0] != key:
+            self._layout = key, Layout.of(self.stack, session, self.effects)
+        visited = unpack_visited(observation, self.stack.p_low_ctf.shape[1])
+        return PLANNERS[self.name](
+            Situation(
+                stack=self.stack,
+                session=session,
+                visited=visited,
+                current=observation["recent"][:, 0],
+                minutes_left=self.config.budget_min - observation["elapsed_min"][:, 0],
+                config=self.config,
+                effects=self.effects,
+                layout=self._layout[1],
+                rng=rng,
+            )
+        )
