@@ -27,7 +27,7 @@ NUM_FEATURES: dict[FeatureSet, int] = {"paper": 16, "cryorl": 17}
 """F of one step; the stacked features are ``num_past_steps`` times as many."""
 
 
-def normalise_count(count: FloatArray, scale: float, feature_set: FeatureSet) -> FloatArray:
+def normalise_count(count: np.ndarray, scale: float, feature_set: FeatureSet) -> FloatArray:
     """Group counts to about [0, 1].
 
     ``cryorl``: min(count / scale, 1), as its code has it; squares of more than 150 holes saturate.
@@ -46,10 +46,10 @@ def past_frames(visited: BoolArray, recent: IntArray) -> tuple[BoolArray, IntArr
     A past step is the present without what was visited since. Before the first step there is
     nothing to show, so the frame of the start fills the missing ones (as CryoRL does).
     """
-    num_episodes, num_steps = recent.shape
-    age = np.minimum(np.arange(num_steps), (recent >= 0).sum(1, keepdims=True) - 1)
-    past = np.repeat(visited[:, None], num_steps, 1)
-    episode, step, later = np.nonzero(np.arange(num_steps) < age[:, :, None])
+    steps = np.arange(recent.shape[1])
+    age = np.minimum(steps, (recent >= 0).sum(1, keepdims=True) - 1)
+    past = np.repeat(visited[:, None], len(steps), 1)
+    episode, step, later = np.nonzero(steps < age[:, :, None])
     past[episode, step, recent[episode, later]] = False
     return past, np.take_along_axis(recent, age, 1)
 
@@ -89,7 +89,9 @@ def hole_features(
     left = ~past & is_hole[:, None]
     weights = np.stack([left, p * left, past, truth * past]).reshape(4, -1)
 
-    columns: list[FloatArray] = [p, past] if is_cryorl else [p]
+    columns: list[np.ndarray] = [p]
+    if is_cryorl:
+        columns.append(past)
     is_same = []
     frame = np.arange(num_episodes * num_steps)[:, None]
     for code, scale in zip(

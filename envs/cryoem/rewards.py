@@ -22,7 +22,12 @@ PRESETS: dict[Preset, NavigationConfig] = {
     # 91, 185, 186 and 195 s; rewards by CryoRL's rule exp(-0.1 (t - t_hole)).
     "leginon-2021": NavigationConfig(
         minutes=(91 / 60, 185 / 60, 186 / 60, 195 / 60),
-        reward=(1.0, *(float(np.exp(-0.1 * (s - 91) / 60)) for s in (185, 186, 195))),
+        reward=(
+            1.0,
+            float(np.exp(-0.1 * (185 - 91) / 60)),
+            float(np.exp(-0.1 * (186 - 91) / 60)),
+            float(np.exp(-0.1 * (195 - 91) / 60)),
+        ),
         is_threshold_inclusive=True,
         num_past_steps=4,
     ),
