@@ -1,11 +1,32 @@
-"""What a user's YAML says, as frozen values: one default each, in one place."""
+"""What a user's YAML says, as frozen values: one default each, in one place.
+
+``load_config`` is the only way in: YAML and overrides become a dataclass, strictly. ``to_yaml`` and
+``describe`` are the ways out.
+"""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import reprlib
+import sys
+import textwrap
+import types
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from envs.cryoem.types import ActionLevel, FeatureSet, Preset
+import yaml
+
+from envs.cryoem.types import ActionLevel, FeatureSet, NavigationConfig, Preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +55,8 @@ class SessionsConfig:
     """A session drawn afresh: structure, predictions and labels (domain randomisation)."""
     preset: str = "aldolase"
     """Synthetic preset, see ``envs.cryoem.synthetic``."""
-    pool_size: int | None = None
-    """Sessions drawn once at the start and replayed; None = afresh every episode (``rates`` only)."""
+    pool_size: int | None = 256
+    """Sessions drawn once at the start and replayed; None = afresh each time (``rates`` only)."""
     budget_range_min: tuple[float, float] | None = None
     """Budgets drawn per episode; None = always ``env.budget_min``."""
 
@@ -69,11 +90,17 @@ class DQNConfig:
     """Adam's, falling linearly to ``final_learning_rate`` over the run."""
     final_learning_rate: float = 1e-5
     discount_per_min: float = 0.99
-    """Discount of one minute of microscope time: a move of t minutes is discounted by its power t."""
+    """Discount of one minute of microscope time; a move of t minutes is discounted by power t."""
     n_step: int = 3
     double_q: bool = True
-    dueling: bool = True
-    """Q = V(state) + A(row), advantages centred over the allowed actions."""
+    dueling: bool | None = None
+    """Q = V(state) + A(row), advantages centred over the allowed actions (Wang et al. 2016).
+
+    None: as the feature set allows: ``rates`` yes; ``paper`` and ``cryorl`` no, there a gradient
+    flows through the chosen hole's row alone.
+    """
+    is_residual: bool = True
+    """``rates``: A(row) begins as the planner's surplus of the row plus an MLP that begins at 0."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     batch_size: int = 128
     buffer_capacity: int = 50_000
@@ -82,7 +109,9 @@ class DQNConfig:
     """Env steps before the first update."""
     updates_per_env_step: float = 0.05
     target_update_interval: int = 200
-    """Updates between copies to the target network."""
+    """Updates between changes of the target network."""
+    target_update_rate: float = 1.0
+    """How far the target then moves towards the network: 1 = a copy, less = soft updates."""
     epsilon_initial: float = 0.2
     epsilon_final: float = 0.02
     epsilon_steps: int = 50_000
@@ -105,7 +134,11 @@ class TrainingConfig:
     """Remote env runners; 0 = in the algorithm's own process (best on few cores)."""
     num_envs_per_runner: int = 32
     """Episodes in one numpy step."""
+    rollout_length: int = 8
+    """Vector steps between rounds of updates."""
     num_torch_threads: int = 2
+    is_buffer_saved: bool = False
+    """Checkpoints contain the replay buffer: a resumed run need not fill it again."""
     evaluation_interval_steps: int = 20_000
     """Env steps between validations, checkpoints and progress lines."""
     num_validation_sessions: int = 64
@@ -123,3 +156,430 @@ class NavigationRunConfig:
     env: EnvConfig = field(default_factory=EnvConfig)
     algorithm: DQNConfig = field(default_factory=DQNConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+KINDS: dict[str, type[NavigationRunConfig]] = {"navigation": NavigationRunConfig}
+"""The class of each ``kind``."""
+_COMING = ("perception", "ssl2rl", "crystfel")
+_MAX_BYTES = 2**20
+
+
+class ConfigError(ValueError):
+    """A config is wrong; ``problems`` lists everything that is, each with its dotted path."""
+
+    def __init__(self, problems: Sequence[str], source: str = "config") -> None:
+        """Keeps the list and joins it into one message."""
+        self.problems = tuple(problems)
+        super().__init__(
+            f"{source}: " + "\n  ".join(("", *problems) if len(problems) > 1 else problems)
+        )
+
+
+def load_config(
+    path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
+) -> NavigationRunConfig:
+    """The config of a YAML file with ``a.b=value`` overrides; None = the defaults.
+
+    Values of overrides are YAML too: ``training.num_env_steps=2e5``, ``data.train=[a, b]``.
+
+    Raises:
+        ConfigError: unreadable file, bad YAML, duplicate or unknown keys (with the nearest valid
+            name), values of another type or out of range: all of them at once.
+    """
+    source = "config" if path is None else os.fspath(path)
+    values = {} if path is None else _read_yaml(source)
+    for override in overrides:
+        _apply_override(values, override)
+    return from_dict(values, source)
+
+
+def from_dict(values: dict[str, Any], source: str = "config") -> NavigationRunConfig:
+    """The checked config of plain values, the inverse of ``to_dict``; raises ConfigError."""
+    kind = values.get("kind", "navigation")
+    if kind in _COMING:
+        raise ConfigError(
+            [f"kind: {kind!r} is not in this version; it has {_words(KINDS)}"], source
+        )
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ConfigError([f"kind: expected {_words(KINDS)}, found {_show(kind)}"], source)
+    problems: list[str] = []
+    config = _build(KINDS[kind], values, "", problems)
+    if not problems:
+        problems += _problems(config)
+    if problems:
+        raise ConfigError(problems, source)
+    return config
+
+
+def check(config: NavigationRunConfig) -> None:
+    """Raises ConfigError with everything that is out of range or does not go together."""
+    if problems := list(_problems(config)):
+        raise ConfigError(problems)
+
+
+def navigation_config(env: EnvConfig) -> NavigationConfig:
+    """The rules that the ``env`` section describes; raises ValueError where they are not valid."""
+    changes = dataclasses.asdict(env)
+    preset = changes.pop("preset")
+    return NavigationConfig.preset(preset, **{k: v for k, v in changes.items() if v is not None})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values (tuples become lists), as YAML and JSON have them."""
+    return _plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """YAML that ``load_config`` reads back to an equal config."""
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def describe(config: Any) -> str:
+    """The config as YAML with what each field means above it; it can be loaded again."""
+    head = _comment(_docs()[type(config).__name__][""], "")
+    return "\n".join([*head, *_describe(config, 0)]) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def own_version() -> str:
+    """The version of this program, "unknown" where it is not installed."""
+    try:
+        return version("ssl2rl-ray")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+# ---------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with duplicate keys as errors and 1e-3 as a number (as in YAML 1.2)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that ``_Loader`` takes for numbers; writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z"),
+        list("-+.0123456789"),
+    )
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError([f"{where}{error.problem or error.context}"], source) from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # PyYAML lets through what int(), float() and date() raise on malformed scalars
+        raise ConfigError([f"not valid YAML: {error}"], source) from error
+
+
+def _read_yaml(source: str) -> dict[str, Any]:
+    try:
+        with Path(source).open("rb") as stream:
+            data = stream.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"cannot be read: {error}"], source) from error
+    if len(data) > _MAX_BYTES:
+        raise ConfigError([f"larger than {_MAX_BYTES} bytes: is it a config?"], source)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"not UTF-8 text (byte {error.start})"], source) from error
+    values = _parse_yaml(text, source)
+    if values is None:  # an empty file, or only comments
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError([f"expected `key: value` lines, found {_show(values)}"], source)
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets ``a.b=value`` in nested plain values."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError([f"--set {override!r}: expected a.b=value"])
+    for depth, key in enumerate(keys[:-1], 1):
+        child = values.get(key)
+        values[key] = {} if child is None else child  # `env:` without anything below it
+        if not isinstance(values[key], dict):
+            raise ConfigError([f"--set {override!r}: {'.'.join(keys[:depth])} is not a section"])
+        values = values[key]
+    values[keys[-1]] = _parse_yaml(text, f"--set {override!r}")
+
+
+# ---------------------------------------------------------------- plain values -> dataclass
+
+
+class _WrongType(Exception):  # noqa: N818  (becomes a line of a ConfigError)
+    """What was expected."""
+
+
+def _build(cls: type[Any], values: Any, path: str, problems: list[str]) -> Any:
+    """An instance of a dataclass, or None after adding to ``problems``."""
+    if not isinstance(values, dict):
+        problems.append(
+            f"{path}: expected a section ({_words(_names(cls))}), found {_show(values)}"
+        )
+        return None
+    hints, before, found = get_type_hints(cls), len(problems), {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = f"did you mean {_join(path, near[0])}?" if near else f"it has {_words(hints)}"
+            problems.append(f"{reprlib.repr(where)[1:-1]}: unknown key; {hint}")
+        elif dataclasses.is_dataclass(hints[key]):
+            # `env:` with everything below it commented out is an empty section
+            found[key] = _build(hints[key], {} if value is None else value, where, problems)
+        else:
+            try:
+                found[key] = _convert(hints[key], value)
+            except _WrongType as wrong:
+                problems.append(f"{where}: expected {wrong}, found {_show(value)}")
+    return cls(**found) if len(problems) == before else None
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """The value as the annotated type; raises _WrongType with what was expected."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        (inner,) = (a for a in args if a is not types.NoneType)
+        if value is None:
+            return None
+        try:
+            return _convert(inner, value)
+        except _WrongType as wrong:
+            raise _WrongType(f"{wrong} or null") from None
+    if origin is Literal:
+        if isinstance(value, str) and value in args:
+            return value
+        raise _WrongType(f"one of {_words(args)}")
+    if origin is tuple:
+        return _convert_tuple(args, value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int and is_number and math.isfinite(value) and value == int(value):
+        return int(value)  # 2e5 is a whole number too
+    if hint is float and is_number and abs(value) < 1e300:  # no nan, no inf, no endless integers
+        return float(value)
+    if hint is str and isinstance(value, str):
+        return value
+    raise _WrongType(
+        {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}[hint]
+    )
+
+
+def _convert_tuple(args: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    is_open = len(args) == 2 and args[1] is Ellipsis
+    try:
+        if not isinstance(value, list | tuple) or not (is_open or len(value) == len(args)):
+            _convert(args[0], None)  # for the name of the type
+        inner = args[:1] * len(value) if is_open else args
+        return tuple(_convert(a, v) for a, v in zip(inner, value, strict=True))
+    except _WrongType as wrong:
+        count = "a list" if is_open else f"a list of {len(args)}"
+        raise _WrongType(f"{count} ({wrong} each)") from None
+
+
+def _names(cls: type[Any]) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _words(names: Any) -> str:
+    return ", ".join(str(name) for name in names)
+
+
+def _show(value: Any) -> str:
+    kind = {dict: "a section", list: "a list", str: "text", type(None): "nothing"}.get(type(value))
+    shown = reprlib.repr(value)  # bounded: YAML aliases can make a value of endless length
+    return kind or shown if value is None else f"{kind} {shown}" if kind else shown
+
+
+# ---------------------------------------------------------------- what goes together
+
+
+def _problems(config: NavigationRunConfig) -> Iterator[str]:
+    """Everything that is out of range or contradicts something else."""
+    yield from _out_of_range(config)
+    data, sessions, env = config.data, config.sessions, config.env
+    try:
+        rules = navigation_config(env)
+    except ValueError as error:
+        yield f"env.{error}"
+        return
+    if max(sessions.real, sessions.redrawn, sessions.synthetic) <= 0:
+        yield "sessions: real, redrawn and synthetic are all 0; one needs a positive weight"
+    for name in ("real", "redrawn"):
+        if getattr(sessions, name) > 0 and not data.train:
+            yield f"sessions.{name}: is above 0 but data.train names no session"
+    if data.validation_grids and not data.train:
+        yield "data.validation_grids: are grids of the training sessions, but data.train is empty"
+    if both := sorted(set(data.train) & set(data.validation)):
+        yield f"data.validation: {both[0]!r} is a training session; use data.validation_grids"
+    is_drawn = sessions.redrawn > 0 or sessions.synthetic > 0
+    if rules.feature_set != "rates" and is_drawn and sessions.pool_size is None:
+        yield (
+            f"sessions.pool_size: null (sessions afresh) needs env.feature_set rates, not "
+            f"{rules.feature_set}; set a number such as 256"
+        )
+    if (budgets := sessions.budget_range_min) and not 0 < budgets[0] <= budgets[1]:
+        yield f"sessions.budget_range_min: expected 0 < low <= high, found {list(budgets)}"
+    algorithm, training = config.algorithm, config.training
+    if algorithm.final_learning_rate > algorithm.learning_rate:
+        yield "algorithm.final_learning_rate: is above algorithm.learning_rate, from which it falls"
+    if algorithm.epsilon_final > algorithm.epsilon_initial:
+        yield "algorithm.epsilon_final: is above algorithm.epsilon_initial, from which it falls"
+    if algorithm.buffer_capacity < algorithm.batch_size:
+        yield "algorithm.buffer_capacity: is below algorithm.batch_size"
+    if algorithm.learning_starts >= training.num_env_steps:
+        yield "algorithm.learning_starts: is not below training.num_env_steps; it would never learn"
+
+
+_ABOVE_ZERO = {
+    "sessions": ("pool_size",),
+    "env": ("low_ctf_threshold_A", "reward"),
+    "algorithm": (
+        "learning_rate",
+        "discount_per_min",
+        "n_step",
+        "hidden_sizes",
+        "batch_size",
+        "buffer_capacity",
+        "updates_per_env_step",
+        "target_update_interval",
+        "target_update_rate",
+        "epsilon_steps",
+        "max_grad_norm",
+        "reward_scale",
+    ),
+    "training": (
+        "num_env_steps",
+        "num_envs_per_runner",
+        "rollout_length",
+        "num_torch_threads",
+        "evaluation_interval_steps",
+        "num_validation_sessions",
+    ),
+}
+_ZERO_OR_MORE = {
+    "sessions": ("real", "redrawn", "synthetic"),
+    "algorithm": (
+        "final_learning_rate",
+        "learning_starts",
+        "epsilon_initial",
+        "epsilon_final",
+        "priority_exponent",
+        "importance_exponent",
+    ),
+    "training": ("num_env_runners",),
+}
+_AT_MOST_ONE = {
+    "algorithm": (
+        "discount_per_min",
+        "target_update_rate",
+        "epsilon_initial",
+        "epsilon_final",
+        "priority_exponent",
+        "importance_exponent",
+    )
+}
+
+
+def _out_of_range(config: NavigationRunConfig) -> Iterator[str]:
+    for rule, is_met, named in (
+        ("above 0", lambda v: v > 0, _ABOVE_ZERO),
+        ("0 or more", lambda v: v >= 0, _ZERO_OR_MORE),
+        ("at most 1", lambda v: v <= 1, _AT_MOST_ONE),
+    ):
+        for section, names in named.items():
+            for name in names:
+                value = getattr(getattr(config, section), name)
+                values = value if isinstance(value, tuple) else (value,)
+                if any(v is not None and not is_met(v) for v in values):
+                    yield f"{section}.{name}: must be {rule}, found {_plain(value)}"
+    if not 0 <= config.seed < 2**32:
+        yield f"seed: must be 0 or more and below 2**32, found {config.seed}"
+    if not config.algorithm.hidden_sizes:
+        yield "algorithm.hidden_sizes: expected at least one layer"
+    for name in ("train", "validation", "validation_grids"):
+        values = getattr(config.data, name)
+        if "" in values or len(set(values)) < len(values):
+            yield f"data.{name}: a name is empty or there twice"
+
+
+# ---------------------------------------------------------------- for people
+
+
+def _describe(config: Any, indent: int) -> Iterator[str]:
+    pad = "  " * indent
+    resolved = navigation_config(config) if isinstance(config, EnvConfig) else None
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield ""
+            yield from _comment(_docs()[type(value).__name__][""], pad)
+            yield f"{pad}{f.name}:"
+            yield from _describe(value, indent + 1)
+            continue
+        yield from _comment(_docs()[type(config).__name__].get(f.name, ""), pad)
+        # a list of one in flow style: its inside is the value on one line
+        text = yaml.dump([_plain(value)], Dumper=_Dumper, default_flow_style=True, width=10**6)
+        line = f"{pad}{f.name}: {text.strip()[1:-1]}"
+        if value is None and resolved is not None:
+            line += f"  # preset: {_plain(getattr(resolved, f.name))}"
+        yield line
+
+
+def _comment(text: str, pad: str) -> list[str]:
+    prefix = pad + "# "
+    return textwrap.wrap(text, 100, initial_indent=prefix, subsequent_indent=prefix)
+
+
+@cache
+def _docs() -> dict[str, dict[str, str]]:
+    """Of each class here: its docstring under "", and of each field the string below it."""
+    docs: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(sys.modules[__name__])).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        docs[node.name] = {"": ast.get_docstring(node) or ""}
+        for name, below in zip(node.body, node.body[1:], strict=False):
+            match (name, below):
+                case (
+                    ast.AnnAssign(target=ast.Name(id=field_name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    docs[node.name][field_name] = inspect.cleandoc(text)
+    return docs

@@ -7,10 +7,10 @@
 | hierarchy | every target with the columns of the labels; -1 = no value |
 | timestamps | name, time of acquisition |
 
-A CTF value below zero (measured or predicted) means "no value"; 100000 means that the fit failed, which is a bad hole.
-Names carry the parents: ``21mar02c_grid1c_00019gr_00023sq_v01_00006hl_v01_00005en-a`` lies in the
-grid ``..gr``, the square ``..sq`` and the patch ``..hl``; a version ``_v01`` after a target is not
-part of its name as a parent.
+A CTF value below zero (measured or predicted) means "no value"; 100000 means that the fit failed,
+which is a bad hole. Names carry the parents:
+``21mar02c_grid1c_00019gr_00023sq_v01_00006hl_v01_00005en-a`` lies in the grid ``..gr``, the square
+``..sq`` and the patch ``..hl``; a version ``_v01`` behind a target does not belong to its name.
 """
 
 from __future__ import annotations
