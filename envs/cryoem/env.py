@@ -550,6 +550,21 @@ class CryoEMNavigationEnv(gym.Env[Observation, int]):
         observation, info = vector._observe(), vector._info()
         return _first(observation), reward, terminated, False, _first_info(info)
 
+    def render(self) -> np.ndarray | str | None:
+        """The map with the tour (H, W, 3) uint8, or a few lines of text; None without a mode."""
+        if self.render_mode is None:
+            gym.logger.warn('render() needs render_mode="rgb_array" or "ansi" at construction')
+            return None
+        from envs.cryoem.render import describe, draw_map
+
+        vector, order = self.vector, self.visit_order()
+        assert vector.tables is not None
+        table = vector.tables[vector._session.item(0)]
+        if self.render_mode == "rgb_array":
+            return draw_map(table, self.config, order)
+        elapsed, budget = vector._elapsed.item(0), vector._budget.item(0)
+        return describe(table, self.config, order, elapsed_min=elapsed, budget_min=budget)
+
     def action_mask(self) -> BoolArray:
         """(A,) True where an action is allowed."""
         return self.vector.action_mask()[0]
