@@ -41,7 +41,7 @@ def bootstrap_value(q_t: Tensor, q_t_selector: Tensor) -> Tensor:
 
 
 def td_error(q_tm1: Tensor, r_t: Tensor, discount_t: Tensor, v_t: Tensor) -> Tensor:
-    """(B,) target minus prediction: r_t + discount_t v_t - q_tm1, (B,) each; the end has discount 0."""
+    """(B,) r_t + discount_t v_t - q_tm1, all (B,); the end of an episode has discount 0."""
     _check("q_tm1", q_tm1, 1, torch.float32, torch.float64)
     for name, value in (("r_t", r_t), ("discount_t", discount_t), ("v_t", v_t)):
         _check(name, value, 1, q_tm1.dtype)

@@ -80,8 +80,9 @@ class NavigationModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetworkAP
     def _forward_train(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Values of the taken actions, with gradient, and of the states reached, without."""
         with torch.no_grad():
-            q_t = self.target_network(batch[Columns.NEXT_OBS])
-            q_t_selector = self.network(batch[Columns.NEXT_OBS]) if self.is_double else q_t
+            reached = self.network.expand(batch[Columns.NEXT_OBS])
+            q_t = self.target_network.score(reached)
+            q_t_selector = self.network.score(reached) if self.is_double else q_t
         return {
             Q_TM1: self.network.taken(batch[Columns.OBS], batch[Columns.ACTIONS]),
             V_T: bootstrap_value(q_t, q_t_selector),

@@ -1,8 +1,10 @@
 """Networks that score actions (torch alone).
 
-Shape letters: B batch, C candidate rows, F features. Every network maps an observation (a dict of
-tensors with B first) to action values (B, A), -inf where an action is not allowed, and has
-``taken``: the values of given actions only, with the gradient that learning needs.
+Shape letters: B batch, A actions, C candidate rows or cells, F features, H hidden units, N holes,
+P patches. Every network maps an observation (a dict of tensors with B first) to action values
+(B, A), -inf where an action is not allowed, in two steps: ``expand`` (no weights, so what it gives
+serves a target network too) and ``score``. ``taken`` has the values of given actions only, with the
+gradient that learning needs. ``make_network`` makes the one that a config asks for.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from envs.cryoem.stack import SessionStack
+from envs.cryoem.types import NavigationConfig
+from ssl2rl_ray.algorithms.expander import Expanded, Expander
 from ssl2rl_ray.algorithms.losses import take
 
 Observation = Mapping[str, Tensor]
@@ -59,7 +64,15 @@ class CandidateNetwork(nn.Module):
             nn.init.zeros_(self.advantage.bias)
             self.prior_scale = nn.Parameter(torch.tensor(prior_scale))
 
+    def expand(self, observation: Observation) -> Observation:
+        """The observation: its rows are features already."""
+        return observation
+
     def forward(self, observation: Observation) -> Tensor:
+        """(B, C) action values."""
+        return self.score(observation)
+
+    def score(self, observation: Observation) -> Tensor:
         """(B, C) action values from ``rows`` (B, C, F) float32 and ``action_mask`` (B, C)."""
         rows, is_allowed = observation["rows"], observation["action_mask"].bool()
         hidden = self.body(rows)
@@ -76,3 +89,124 @@ class CandidateNetwork(nn.Module):
     def taken(self, observation: Observation, action: Tensor) -> Tensor:
         """(B,) values of the candidates (B,) int64."""
         return take(self(observation), action)
+
+
+class HoleNetwork(nn.Module):
+    """One MLP over every unvisited hole; it serves sessions of any size with the same weights.
+
+    Equal to ``mlp`` on ``envs.cryoem.features.hole_features`` (own p rounded, see
+    ``expander.P_STEP``), hole by hole, at a fraction of the cost: the first layer is applied per
+    patch and per cell. With ``action_level`` patch, a patch is worth what its best unvisited hole
+    by prediction is worth.
+    """
+
+    def __init__(
+        self, expander: Expander, hidden_sizes: Sequence[int] = (64, 64), *, is_patch: bool = False
+    ) -> None:
+        """Makes the layers; raises ValueError without a hidden layer."""
+        super().__init__()
+        if not hidden_sizes:
+            raise ValueError("hidden_sizes: at least one hidden layer is needed")
+        self.expander = expander
+        self.is_patch = is_patch
+        num_features = expander.num_past_steps * expander.num_features
+        self.mlp = mlp((num_features, *hidden_sizes), 1)
+
+    def expand(self, observation: Observation) -> Expanded:
+        """Features per patch, without gradient."""
+        return self.expander(observation)
+
+    def forward(self, observation: Observation) -> Tensor:
+        """(B, N) action values of holes, or (B, P) of patches."""
+        return self.score(self.expand(observation))
+
+    def score(self, expanded: Expanded) -> Tensor:
+        """(B, N) or (B, P) action values."""
+        per_patch, own = self._first_layer(expanded.group)
+        session, (row, hole) = expanded.session, expanded.visited
+        table = self.expander.table
+        is_allowed = table("is_hole", session)
+        if len(row):
+            is_allowed = is_allowed.clone()
+            is_allowed[row, hole] = False
+        if self.is_patch:
+            best, has_hole = self._best_hole(session, is_allowed)
+            p = table("own_p", session).gather(1, best)
+            q = self._tail(per_patch + p[..., None] * own)
+            return q.masked_fill(~has_hole, -torch.inf)
+        patch = table("cell_patch", session)[..., None].expand(-1, -1, per_patch.shape[-1])
+        p = table("cell_p", session)
+        q = self._tail(torch.addcmul(per_patch.gather(1, patch), p[..., None], own))
+        return q.gather(1, table("hole_cell", session)).masked_fill(~is_allowed, -torch.inf)
+
+    def taken(self, observation: Observation, action: Tensor) -> Tensor:
+        """(B,) values of holes or patches (B,) int64; only their rows are computed."""
+        expanded = self.expand(observation)
+        table, session = self.expander.table, expanded.session
+        hole = action
+        if self.is_patch:
+            is_left = table("is_hole", session).clone()
+            is_left[expanded.visited] = False
+            hole = self._best_hole(session, is_left)[0].gather(1, action[:, None])[:, 0]
+        at = torch.arange(len(action), device=action.device)
+        per_patch, own = self._first_layer(expanded.group[at, table("patch", session)[at, hole]])
+        return self._tail(per_patch + table("own_p", session)[at, hole][:, None] * own)
+
+    def _first_layer(self, group: Tensor) -> tuple[Tensor, Tensor]:
+        """What a patch (or row) contributes (..., H), and the column (H,) that own p multiplies."""
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        weight = first.weight[:, self.expander.group_columns]
+        own = first.weight[:, self.expander.own_columns].sum(1)
+        return nn.functional.linear(group, weight, first.bias), own
+
+    def _tail(self, hidden: Tensor) -> Tensor:
+        for layer in self.mlp[1:]:
+            hidden = layer(hidden)
+        return hidden.squeeze(-1)
+
+    def _best_hole(self, session: Tensor, is_left: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, P) the best hole left of each patch by prediction, and where there is one."""
+        slot = self.expander.table("slot", session)
+        is_open = self.expander.table("is_slot", session) & is_left.gather(
+            1, slot.flatten(1)
+        ).view_as(slot)
+        first = is_open.to(torch.uint8).argmax(2, keepdim=True)
+        return slot.gather(2, first).squeeze(2), is_open.any(2)
+
+
+QNetwork = CandidateNetwork | HoleNetwork
+
+
+def make_network(
+    config: NavigationConfig,
+    stack: SessionStack | None,
+    *,
+    hidden_sizes: Sequence[int] = (64, 64),
+    is_dueling: bool | None = None,
+    is_residual: bool = True,
+) -> QNetwork:
+    """The network for a feature set; ``stack`` is needed for those per hole.
+
+    ``is_residual`` concerns ``rates`` alone. Raises ValueError where ``is_dueling`` is asked of a
+    network that learns from the taken row only.
+    """
+    if config.feature_set == "rates":
+        from envs.cryoem.rates import NUM_FEATURES, PRIOR_COLUMN
+
+        return CandidateNetwork(
+            NUM_FEATURES,
+            hidden_sizes,
+            is_dueling=is_dueling is not False,
+            prior_column=PRIOR_COLUMN if is_residual else None,
+        )
+    if is_dueling:
+        raise ValueError(
+            f"algorithm.dueling: with feature_set {config.feature_set!r} only the taken hole's row "
+            "is learned from, so there is nothing to centre: leave it out, or use 'rates'"
+        )
+    if stack is None:
+        raise ValueError(f"feature_set {config.feature_set!r} needs the sessions' tables")
+    return HoleNetwork(
+        Expander(stack, config), hidden_sizes, is_patch=config.action_level == "patch"
+    )
