@@ -225,18 +225,23 @@ def _within_patch(table: HoleTable) -> tuple[FloatArray, FloatArray]:
     rank[by_patch] = np.arange(len(table)) - (np.cumsum(count) - count)[table.patch_id[by_patch]]
     side = np.ceil(np.sqrt(count)).astype(int)[table.patch_id]
     lattice = [(rank % side + 0.5) / side, (rank // side + 0.5) / side]
+    position = np.stack([table.x, table.y])
+    is_finite = np.isfinite(position).all(0)
+    is_known = np.bincount(table.patch_id, ~is_finite, size) == 0
+    position = np.where(is_finite, position, 0.0)
     low, high = np.full((2, size), np.inf), np.full((2, size), -np.inf)
-    for axis, values in enumerate((table.x, table.y)):
-        np.minimum.at(low[axis], table.patch_id, values)
-        np.maximum.at(high[axis], table.patch_id, values)
-    extent = (high - low).max(0)[table.patch_id]  # one scale for both axes: no distortion
-    middle = ((high + low) / 2)[:, table.patch_id]
-    is_known = np.isfinite(extent) & (extent > 0)
-    out = []
-    for axis, values in enumerate((table.x, table.y)):
-        unit = 0.5 + 0.84 * (values - middle[axis]) / np.where(is_known, extent, 1)
-        out.append(np.where(is_known, unit, lattice[axis]))
-    return out[0], out[1]
+    for axis in (0, 1):
+        np.minimum.at(low[axis], table.patch_id, position[axis])
+        np.maximum.at(high[axis], table.patch_id, position[axis])
+    extent = (high - low).max(0)  # one scale for both axes: no distortion
+    is_known &= extent > 0
+    unit = 0.84 / np.where(is_known, extent, 1.0)
+    x, y = np.where(
+        is_known[table.patch_id],
+        0.5 + (position - ((high + low) / 2)[:, table.patch_id]) * unit[table.patch_id],
+        lattice,
+    )
+    return x, y
 
 
 def _spacing(table: HoleTable, x: FloatArray, y: FloatArray) -> float:
