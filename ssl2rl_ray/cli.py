@@ -1,0 +1,393 @@
+"""The ``ssl2rl`` command: each subcommand parses, calls one function, prints what it returns.
+
+Exit codes: 0 done; 1 failure; 2 a mistake in the usage, a config or the data, told in one message
+without a traceback (``--debug`` shows it); 130 interrupted. Everything heavy is imported inside the
+handlers, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PRESETS = ("paper", "cryorl", "leginon-2021")
+
+# What a user can mend: our own errors are ValueErrors with a message that says how.
+_USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = _parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return args.handler(args) or 0
+    except KeyboardInterrupt:
+        hint = getattr(args, "resume_hint", None)
+        print("\ninterrupted" + (f"; resume with\n  {hint}" if hint else ""), file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        is_mendable = isinstance(error, _USER_ERRORS)
+        kind = "" if is_mendable else f"{type(error).__name__}: "
+        print(f"ssl2rl {args.command}: {kind}{error}", file=sys.stderr)
+        if not is_mendable and not args.debug:
+            print("this looks like a bug; `ssl2rl --debug ...` shows where", file=sys.stderr)
+        return 2 if is_mendable else 1
+
+
+def _import(args: argparse.Namespace) -> None:
+    from ssl2rl_ray.data.commands import import_cryorl_command, import_synthetic_command
+
+    if args.source == "cryorl":
+        dataset = import_cryorl_command(
+            args.labels,
+            args.predictions,
+            args.hierarchy,
+            args.timestamps,
+            args.out,
+            args.calibration,
+            force=args.force,
+        )
+    else:
+        dataset = import_synthetic_command(args.preset, args.seed, args.out, force=args.force)
+    manifest = dataset.manifest
+    counts, rejected = manifest["counts"], manifest["rejected"]
+    lines = [
+        f"{args.out}: " + ", ".join(f"{number} {what}" for what, number in counts.items()),
+        f"content hash {manifest['content_hash']}"
+        + ("; calibration stored for other sessions" if dataset.calibration else ""),
+    ]
+    if rejected["rows"]:
+        by_file = ", ".join(f"{number} of {name}" for name, number in rejected["by_file"].items())
+        where = Path(args.out) / "rejected.csv"
+        lines.append(
+            f"{rejected['rows']} rows kept out ({by_file}); each with its reason in {where}"
+        )
+    lines += [f"note: {note}" for note in manifest["provenance"]["notes"]]
+    _emit(args.json, manifest, "\n".join(lines))
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ssl2rl_ray.config import load_config
+    from ssl2rl_ray.runs import RunDirectory
+
+    overrides = args.set if args.seed is None else [*args.set, f"seed={args.seed}"]
+    config = load_config(args.config, overrides)
+    if args.resume and not args.run_dir:
+        raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
+    folder = Path(args.run_dir or _new_run_dir(args.config))
+    argv = ["ssl2rl", *args.argv]
+    start = RunDirectory.resume if args.resume else RunDirectory.create
+    with start(folder, config, argv=argv) as run:
+        again = [a for a in argv if a != "--resume"] + (
+            [] if args.run_dir else ["--run-dir", folder]
+        )
+        args.resume_hint = shlex.join([*map(str, again), "--resume"])
+        from ssl2rl_ray.train import train
+
+        summary = train(config, run)
+    _emit(args.json, summary, f"{folder}: done; `ssl2rl evaluate {folder} --data DIR` plays it")
+
+
+def _new_run_dir(config: str) -> Path:
+    """``runs/NAME-TIME``."""
+    from datetime import datetime
+
+    return Path("runs") / f"{Path(config).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from ssl2rl_ray.evaluate import evaluate, format_report
+
+    report = evaluate(
+        args.policy,
+        data=args.data,
+        preset=args.preset,
+        budget_min=args.budget_min,
+        num_episodes=args.episodes,
+        seed=args.seed,
+        calibration=args.calibration,
+        num_sessions=args.sessions,
+        session_kind=args.session_kind,
+        against=args.against,
+        allow_in_sample=args.allow_in_sample,
+    )
+    _emit(args.json, report, format_report(report))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from envs.cryoem.types import NavigationConfig
+    from ssl2rl_ray.data.commands import read_calibration
+    from ssl2rl_ray.data.folder import read_dataset
+    from ssl2rl_ray.evaluate import contestant
+    from ssl2rl_ray.plan import as_json, draw, find_hole, make_plan, to_csv
+
+    table = read_dataset(args.data).table
+    brought = read_calibration(args.calibration) if args.calibration else None
+    chosen = contestant(args.policy, brought)
+    config = NavigationConfig.preset(args.preset or chosen.preset, budget_min=args.budget_min)
+    plan = make_plan(
+        chosen.make,
+        chosen.sees(table),
+        config,
+        start_hole=None if args.start_hole is None else find_hole(table, args.start_hole),
+        is_visited_labelled=args.visited_labelled,
+        seed=args.seed,
+    )
+    result = as_json(plan)
+    write_text(Path(args.out), to_csv(result["holes"]))
+    lines = [
+        f"{args.out}: {result['num_holes']} holes in {result['minutes']:g} of "
+        f"{args.budget_min:g} min, {result['expected_low_ctf']:.1f} expected low-CTF",
+        f"starts at {result['holes'][0]['hole']}",
+    ]
+    if args.map:
+        write_bytes(Path(args.map), _png(draw(plan)))
+        lines.append(f"map: {args.map}")
+    _emit(args.json, result, "\n".join(lines))
+
+
+def _png(image: Any) -> bytes:
+    import io
+
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _config_show(args: argparse.Namespace) -> None:
+    from ssl2rl_ray.config import describe, load_config, to_dict
+
+    config = load_config(args.config, args.set)
+    _emit(args.json, to_dict(config), describe(config).rstrip())
+
+
+def _config_check(args: argparse.Namespace) -> None:
+    from ssl2rl_ray.config import load_config
+
+    config = load_config(args.config, args.set)
+    result = {"config": args.config, "kind": config.kind, "is_valid": True}
+    _emit(args.json, result, f"{args.config}: a valid config of kind {config.kind}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    raise NotImplementedError
+
+
+def _emit(json_path: str | None, result: dict[str, Any], text: str) -> None:
+    """Prints the text; ``--json OUT`` writes the result too, ``--json`` prints it instead."""
+    document = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    if json_path == "-":
+        sys.stdout.write(document)
+        return
+    print(text)
+    if json_path:
+        write_text(Path(json_path), document)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_bytes`` in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: under a temporary name in its folder, then renamed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _positive(kind: type[int] | type[float]) -> Any:
+    """An argparse type: a finite number above zero."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a positive number, found {text!r}")
+        return value
+
+    return convert
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """``a,b`` -> (a, b)."""
+    return tuple(name for part in text.split(",") if (name := part.strip()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    root = argparse.ArgumentParser(
+        prog="ssl2rl",
+        description="Reinforcement learning beside the instrument: which hole to image next.",
+    )
+    root.add_argument("--version", action=_Version, help="show the version and exit")
+    root.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, handler: Any, text: str, parent: Any = commands) -> Any:
+        sub = parent.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(handler=handler)
+        return sub
+
+    def with_json(sub: Any) -> None:
+        sub.add_argument(
+            "--json",
+            nargs="?",
+            const="-",
+            metavar="OUT",
+            help="write the result as JSON to OUT too; without OUT print it instead of the text",
+        )
+
+    def with_out(sub: Any) -> None:
+        sub.add_argument("--out", required=True, metavar="DIR", help="dataset folder to write")
+        sub.add_argument("--force", action="store_true", help="replace an earlier dataset folder")
+        with_json(sub)
+
+    def with_rules(sub: Any) -> None:
+        sub.add_argument("--data", required=True, metavar="DIR", help="dataset folder")
+        sub.add_argument(
+            "--preset",
+            choices=PRESETS,
+            help="minutes, rewards, threshold (the policy's own; cryorl for planners)",
+        )
+        sub.add_argument(
+            "--calibration",
+            metavar="TRAIN_DIR",
+            help="dataset folder of another session; its calibration is used",
+        )
+
+    sub = command("demo", _demo, "train, compare and draw on a synthetic session in minutes")
+    sub.add_argument("--out", default="runs/demo", metavar="DIR", help="(%(default)s)")
+    sub.add_argument("--seed", type=int, default=0)
+    with_json(sub)
+
+    sub = commands.add_parser("import", help="make a dataset folder")
+    kinds = sub.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    sub = command("cryorl", _import, "label and prediction files as CryoRL has them", kinds)
+    sub.add_argument("--labels", metavar="CSV", help="name, x, y, CTF (Å), confidence")
+    sub.add_argument("--predictions", metavar="TXT", help="name, predicted CTF (Å)")
+    sub.add_argument("--hierarchy", metavar="CSV", help="every target of the session")
+    sub.add_argument("--timestamps", metavar="CSV", help="name, time of acquisition")
+    sub.add_argument(
+        "--calibration",
+        metavar="TRAIN_DIR",
+        help="dataset folder of another session; its calibration gives the probabilities",
+    )
+    with_out(sub)
+    sub = command("synthetic", _import, "a session drawn from the synthetic model", kinds)
+    sub.add_argument("--preset", default="aldolase", help="(%(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    with_out(sub)
+
+    sub = command("run", _run, "train as a config says")
+    sub.add_argument("config", metavar="CONFIG")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", help="change a value; repeatable"
+    )
+    sub.add_argument("--run-dir", metavar="DIR", help="where it is kept (runs/NAME-TIME)")
+    sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    sub.add_argument("--seed", type=int, help="the config's seed")
+    with_json(sub)
+
+    sub = command("evaluate", _evaluate, "play a policy and say what it earned")
+    sub.add_argument(
+        "policy", metavar="POLICY", help="run directory, exported artefact, or a planner's name"
+    )
+    with_rules(sub)
+    sub.add_argument("--budget-min", type=_positive(float), default=480.0, help="(%(default)s)")
+    sub.add_argument("--episodes", type=_positive(int), default=50, help="starts (%(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="of starts and redrawn labels")
+    sub.add_argument(
+        "--sessions",
+        type=_positive(int),
+        metavar="K",
+        help="play K sessions drawn afresh instead, each from one start",
+    )
+    sub.add_argument(
+        "--session-kind",
+        choices=("redrawn", "synthetic"),
+        default="redrawn",
+        help="DIR with its labels drawn again, or wholly synthetic ones (%(default)s)",
+    )
+    sub.add_argument(
+        "--against",
+        type=_names,
+        default=(),
+        metavar="NAME,NAME",
+        help="policies to compare with, paired on the same sessions and starts",
+    )
+    sub.add_argument(
+        "--allow-in-sample",
+        action="store_true",
+        help="accept a calibration fitted on the evaluated session; recorded in the JSON",
+    )
+    with_json(sub)
+
+    sub = command("plan", _plan, "write the list of holes to image")
+    sub.add_argument(
+        "policy", metavar="POLICY", help="run directory, exported artefact, or a planner's name"
+    )
+    with_rules(sub)
+    sub.add_argument("--budget-min", type=_positive(float), required=True)
+    sub.add_argument("--out", required=True, metavar="CSV")
+    sub.add_argument("--map", metavar="PNG", help="draw the tour")
+    sub.add_argument("--start-hole", metavar="HOLE", help="name or row (the best prediction)")
+    sub.add_argument(
+        "--visited-labelled",
+        action="store_true",
+        help="a session under way: labelled holes are done, and what they were is known",
+    )
+    sub.add_argument("--seed", type=int, default=0)
+    with_json(sub)
+
+    sub = commands.add_parser("config", help="look at a config")
+    kinds = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, handler, text in (
+        ("show", _config_show, "print the config with every default filled in"),
+        ("check", _config_check, "say whether a config is valid"),
+    ):
+        sub = command(name, handler, text, kinds)
+        sub.add_argument("config", metavar="CONFIG")
+        sub.add_argument("--set", action="append", default=[], metavar="a.b=c")
+        with_json(sub)
+    return root
+
+
+class _Version(argparse.Action):
+    """``--version``, looked up only when asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from ssl2rl_ray.config import own_version
+
+        print("ssl2rl-ray", own_version())
+        parser.exit()

@@ -1,0 +1,451 @@
+"""Play policies on sessions and say what they earned, paired, and as a share of the exact optimum.
+
+Shape letters: E episodes, K sessions drawn afresh, N holes, M moves of the longest episode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from envs.cryoem.calibration import Calibration
+from envs.cryoem.env import CryoEMVectorEnv
+from envs.cryoem.knapsack import optimum
+from envs.cryoem.planners import NAMES, make_planner
+from envs.cryoem.stack import Policy, SessionStack
+from envs.cryoem.synthetic import draw_session, redraw_labels
+from envs.cryoem.types import (
+    FloatArray,
+    HoleTable,
+    IntArray,
+    NavigationConfig,
+    Preset,
+    RandomEffects,
+    Switch,
+)
+from ssl2rl_ray.data.commands import read_calibration
+from ssl2rl_ray.data.folder import Dataset, read_dataset
+from ssl2rl_ray.stats import paired_difference, summarize
+
+SessionKind = Literal["redrawn", "synthetic"]
+METRICS = ("episode_return", "num_low_ctf", "num_visits", "fraction_of_optimum")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Episodes:
+    """What E episodes came to."""
+
+    episode_return: FloatArray
+    """(E,)"""
+    num_low_ctf: FloatArray
+    """(E,) by the truth; the start hole is free and does not count."""
+    num_visits: IntArray
+    """(E,) moves."""
+    minutes_by_switch: FloatArray
+    """(E, 4) minutes spent on moves of each ``Switch``."""
+    visit_order: IntArray
+    """(E, M + 1) holes from the start on, -1 after the end."""
+
+
+def roll_out(
+    policy: Policy,
+    stack: SessionStack,
+    config: NavigationConfig,
+    *,
+    session: IntArray,
+    start_hole: IntArray,
+    rng: np.random.Generator,
+    on_step: Callable[[float], None] | None = None,
+) -> Episodes:
+    """Plays E episodes side by side to their end.
+
+    Args:
+        policy: chooses the holes.
+        stack: the sessions; their outcomes are the truth where there is one.
+        config: the rules.
+        session: (E,) row of the stack of each episode.
+        start_hole: (E,) row of the hole where it begins.
+        rng: of policies that draw.
+        on_step: told the share of the budget used by the slowest episode, after every step.
+    """
+    num_episodes = len(session)
+    env = CryoEMVectorEnv(stack, config, num_episodes)
+    env.reset(options={"session": session, "start_hole": start_hole})
+    is_running = np.ones(num_episodes, bool)
+    episode_return, num_low_ctf = np.zeros(num_episodes), np.zeros(num_episodes)
+    num_visits = np.zeros(num_episodes, np.int64)
+    minutes_by_switch = np.zeros((num_episodes, 4))
+    visit_order = [np.asarray(start_hole)]
+    while is_running.any():
+        hole = policy.act(env.compact_observation(), rng)
+        _, reward, terminated, truncated, info = env.step_holes(hole)
+        visit_order.append(np.where(is_running, hole, -1))
+        episode_return += np.where(is_running, reward, 0)
+        is_over = is_running & (terminated | truncated)
+        num_low_ctf[is_over] = info["num_low_ctf"][is_over]
+        num_visits[is_over] = info["num_visits"][is_over]
+        minutes_by_switch[is_over] = info["minutes_by_level"][is_over]
+        is_running &= ~is_over
+        if on_step and is_running.any():
+            on_step(float(info["elapsed_min"][is_running].min() / config.budget_min))
+    return Episodes(
+        episode_return=episode_return,
+        num_low_ctf=num_low_ctf,
+        num_visits=num_visits,
+        minutes_by_switch=minutes_by_switch,
+        visit_order=np.stack(visit_order, axis=1),
+    )
+
+
+def draw_starts(num_holes: int, num_episodes: int, seed: int) -> IntArray:
+    """(E,) start holes, by the rule under which the peer's figures were made."""
+    if num_holes < 2:
+        raise ValueError(f"an episode needs at least 2 holes; this session has {num_holes}")
+    return np.random.RandomState(seed).randint(0, num_holes - 1, num_episodes)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contestant:
+    """A policy before it knows its sessions."""
+
+    name: str
+    make: Callable[[SessionStack, NavigationConfig], Policy]
+    calibration: Calibration | None
+    """None: probabilities as imported."""
+    preset: Preset = "cryorl"
+    """Rules that it was trained under; planners take any."""
+
+    def sees(self, table: HoleTable) -> HoleTable:
+        """The table with the probabilities that this policy acts on."""
+        return self.calibration.apply(table) if self.calibration else table
+
+
+def contestant(name: str, calibration: Calibration | None = None) -> Contestant:
+    """A planner by its name, or a trained policy from a run directory or an exported artefact.
+
+    A trained policy brings its own calibration; ``calibration`` is for planners.
+
+    Raises:
+        ValueError: neither a planner nor a folder with a policy in it.
+    """
+    if name in NAMES:
+        effects = calibration.effects if calibration else RandomEffects()
+        return Contestant(
+            name=name,
+            make=lambda stack, config: make_planner(name, stack, config, effects),
+            calibration=calibration,
+        )
+    raise ValueError(
+        f"policy {name!r}: neither a planner ({', '.join(NAMES)}) nor a folder with a policy"
+    )
+
+
+def evaluate(
+    policy: str,
+    *,
+    data: str | Path,
+    preset: Preset = "cryorl",
+    budget_min: float = 480.0,
+    num_episodes: int | None = None,
+    seed: int = 0,
+    calibration: str | Path | None = None,
+    num_sessions: int | None = None,
+    session_kind: SessionKind = "redrawn",
+    against: Sequence[str] = (),
+    allow_in_sample: bool = False,
+    on_step: Callable[[str, float], None] | None = None,
+) -> dict[str, Any]:
+    """Plays ``policy``, and those ``against``, on the same sessions from the same starts.
+
+    Args:
+        policy: run directory, exported artefact, or a planner's name.
+        data: dataset folder: the session that is evaluated.
+        preset: rules of the session.
+        budget_min: minutes.
+        num_episodes: starts in the session (default 50), or in each drawn session (default 1).
+        seed: of starts, of drawn sessions, and of policies that draw.
+        calibration: dataset folder of a training session, for the planners; a trained policy
+            brings its own, which planners take where this is None.
+        num_sessions: sessions drawn afresh instead of the one in ``data``; the unit of every
+            summary is then the session, otherwise the episode.
+        session_kind: ``redrawn`` keeps holes and predictions of ``data`` and draws its labels
+            again from the calibration; ``synthetic`` draws all, as the preset ``aldolase``.
+        against: policies to compare with.
+        allow_in_sample: accept a calibration fitted on the evaluated session.
+        on_step: told a policy's name and the share of the budget it has used.
+
+    Returns:
+        A JSON document: ``policy, data_hash, preset, budget_min``, a ``Summary`` for each of
+        ``METRICS``, ``minutes_by_switch``, ``num_switches``, ``calibration`` and the like, and for
+        each policy in ``against`` the same, with ``difference`` (``policy`` minus that one).
+
+    Raises:
+        ValueError: no such policy, holes that cannot be evaluated, an in-sample calibration.
+    """
+    config = NavigationConfig.preset(preset, budget_min=budget_min)
+    dataset = read_dataset(data)
+    table = dataset.table
+    brought = read_calibration(calibration) if calibration else None
+    ours = contestant(policy, brought)
+    others = [contestant(name, brought or ours.calibration) for name in against]
+    num_starts = num_episodes or (1 if num_sessions else 50)
+    if num_sessions is None:
+        truths = [_with_truth(dataset)]
+        in_sample = {
+            each.name: _is_in_sample(each, dataset, calibration) for each in (ours, *others)
+        }
+        if any(in_sample.values()) and not allow_in_sample:
+            raise ValueError(_IN_SAMPLE.format(data=data))
+        start_hole = draw_starts(len(table), num_starts, seed)
+    else:  # labels drawn afresh: no calibration has seen them
+        in_sample = {}
+        model = ours.calibration or brought
+        truths = draw_sessions(table, model, num_sessions, session_kind, config, seed)
+        start_hole = _starts_of_each(truths, num_starts, seed)
+    session = np.repeat(np.arange(len(truths)), num_starts)
+    best = optimum_of_each(truths, config, session, start_hole)
+
+    def play(each: Contestant) -> dict[str, Any]:
+        stack = SessionStack.of([each.sees(truth) for truth in truths], config)
+        episodes = roll_out(
+            each.make(stack, config),
+            stack,
+            config,
+            session=session,
+            start_hole=start_hole,
+            rng=np.random.default_rng(seed),
+            on_step=(lambda share: on_step(each.name, share)) if on_step else None,
+        )
+        return {
+            **_result(episodes, best, config, len(truths)),
+            "calibration": {
+                "hash": each.calibration.fitted_on if each.calibration else None,
+                "is_fitted_on_this_session": in_sample.get(each.name, False),
+            },
+        }
+
+    result = play(ours)
+    return {
+        "policy": ours.name,
+        "data_hash": table.content_hash,
+        "preset": preset,
+        "budget_min": budget_min,
+        **result,
+        "optimum": summarize(_by_unit(best, len(truths))).as_json(),
+        "seed": seed,
+        "num_episodes": len(session),
+        "num_sessions": num_sessions,
+        "session_kind": session_kind if num_sessions else "measured",
+        "start_hole": start_hole.tolist(),
+        "against": {
+            each.name: {**theirs, "difference": _difference(result, theirs)}
+            for each in others
+            for theirs in (play(each),)
+        },
+    }
+
+
+def draw_sessions(
+    table: HoleTable,
+    calibration: Calibration | None,
+    num_sessions: int,
+    kind: SessionKind,
+    config: NavigationConfig,
+    seed: int,
+) -> list[HoleTable]:
+    """K sessions that could have been; session k is the same whatever K is.
+
+    Raises ValueError where labels are to be redrawn and there is no model to draw them from.
+    """
+    rngs = [
+        np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(num_sessions)
+    ]
+    if kind == "synthetic":
+        return [draw_session(rng, "aldolase") for rng in rngs]
+    if calibration is None:
+        raise ValueError(
+            "redrawn sessions need a model of the labels: bring one with --calibration TRAIN_DIR, "
+            "or use --session-kind synthetic"
+        )
+    base = calibration.base_logit(table)
+    return [
+        redraw_labels(
+            table,
+            base,
+            calibration.effects,
+            rng,
+            low_ctf_threshold_A=config.low_ctf_threshold_A,
+        )
+        for rng in rngs
+    ]
+
+
+def optimum_of_each(
+    truths: Sequence[HoleTable], config: NavigationConfig, session: IntArray, start_hole: IntArray
+) -> FloatArray:
+    """(E,) the most that each episode could have earned, exact."""
+    best = np.zeros(len(session))
+    for row, truth in enumerate(truths):
+        here = session == row
+        best[here] = optimum(truth, config, start_hole[here])
+    return best
+
+
+def _with_truth(dataset: Dataset) -> HoleTable:
+    """The table rewarded by the truth everywhere."""
+    is_measured = np.isfinite(dataset.table.ctf_max_resolution_A)
+    if not is_measured.all():
+        raise ValueError(
+            f"{dataset.path}: {int((~is_measured).sum())} of {len(is_measured)} holes have no CTF "
+            "value: what a visit to them earns is not known; evaluate on a session measured in "
+            "full or on drawn ones (--sessions K), or make a plan for this one with `ssl2rl plan`"
+        )
+    return dataset.table.replace(is_labelled=is_measured)
+
+
+_IN_SAMPLE = (
+    "the calibration was fitted on labels of the session that is evaluated ({data}), which nobody "
+    "at the microscope could have done; bring one from another session with --calibration "
+    "TRAIN_DIR, or say --allow-in-sample and have that recorded"
+)
+
+
+def _is_in_sample(each: Contestant, dataset: Dataset, folder: str | Path | None) -> bool:
+    """True where a calibration has seen labels of the session.
+
+    A policy's is known by the hash of what it was fitted on. That of a ``folder`` is compared hole
+    by hole, so that a part of the session, or another import of it, is found out too.
+    """
+    if each.calibration is None:
+        return False
+    if each.calibration.fitted_on == dataset.table.content_hash:
+        return True
+    if folder is None:
+        return False
+    source = read_dataset(folder)
+    if source.manifest["provenance"].get("importer") == "synthetic":
+        return False  # its calibration is the model it was drawn from, not fitted on it
+    return bool(_labels_of(source.table) & _labels_of(dataset.table))
+
+
+def _labels_of(table: HoleTable) -> set[tuple[str, float]]:
+    """Name and Å of every hole with a label."""
+    rows = table.is_labelled
+    return set(
+        zip(table.hole_name[rows].tolist(), table.ctf_max_resolution_A[rows].tolist(), strict=True)
+    )
+
+
+def _starts_of_each(truths: Sequence[HoleTable], num_starts: int, seed: int) -> IntArray:
+    """(K * num_starts,) by the rule of ``draw_starts``, one generator over all sessions."""
+    rng = np.random.RandomState(seed)
+    return np.concatenate([rng.randint(0, len(truth) - 1, num_starts) for truth in truths])
+
+
+def _by_unit(values: FloatArray, num_sessions: int) -> FloatArray:
+    """Episodes as they are on one session; on several, the mean of each session's."""
+    return values if num_sessions == 1 else values.reshape(num_sessions, -1).mean(axis=1)
+
+
+def _result(
+    episodes: Episodes,
+    best: FloatArray,
+    config: NavigationConfig,
+    num_sessions: int,
+) -> dict[str, Any]:
+    """What one contestant came to, for the JSON."""
+    fraction = np.divide(
+        episodes.episode_return, best, out=np.full(len(best), np.nan), where=best > 0
+    )
+    values = (episodes.episode_return, episodes.num_low_ctf, episodes.num_visits, fraction)
+    minutes = episodes.minutes_by_switch.mean(axis=0)
+    levels = [s.name.lower() for s in Switch]
+    return {
+        **{
+            name: summarize(_by_unit(v, num_sessions)).as_json()
+            for name, v in zip(METRICS, values, strict=True)
+        },
+        "minutes_by_switch": dict(zip(levels, minutes.tolist(), strict=True)),
+        "num_switches": dict(zip(levels, (minutes / config.minutes).tolist(), strict=True)),
+    }
+
+
+def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Paired difference of the returns."""
+    return paired_difference(
+        ours["episode_return"]["values"], theirs["episode_return"]["values"]
+    ).as_json()
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The comparison as a table of text; the JSON of ``evaluate`` in, lines out."""
+    num_sessions = report["num_sessions"]
+    where = (
+        f"{num_sessions} {report['session_kind']} sessions, {report['num_episodes']} episodes"
+        if num_sessions
+        else f"session {report['data_hash']}, {report['num_episodes']} starts"
+    )
+    rows = [("policy", "return", "95 %", "sd", "low-CTF", "visits", "of optimum", "minus this")]
+    for name, entry in ((report["policy"], report), *report["against"].items()):
+        gap = entry.get("difference")
+        rows.append(
+            (
+                name,
+                _number(entry["episode_return"]["mean"]),
+                _plus_minus(entry["episode_return"]),
+                _number(entry["episode_return"]["sd"]),
+                _number(entry["num_low_ctf"]["mean"]),
+                _number(entry["num_visits"]["mean"]),
+                _number(entry["fraction_of_optimum"]["mean"], 3),
+                f"{_number(gap['mean'], sign='+')} {_plus_minus(gap)} (sd {_number(gap['sd'])})"
+                if gap
+                else "",
+            )
+        )
+    optimum_mean = _number(report["optimum"]["mean"])
+    rows.append(
+        ("exact optimum", optimum_mean, _plus_minus(report["optimum"]), "", "", "", "1", "")
+    )
+    lines = [
+        f"preset {report['preset']}, budget {report['budget_min']:g} min, {where}, "
+        f"seed {report['seed']}",
+        align(rows),
+        "minutes: "
+        + ", ".join(f"{level} {m:.0f}" for level, m in report["minutes_by_switch"].items())
+        + f" ({report['policy']})",
+    ]
+    if not num_sessions:
+        lines.append(
+            "One session is one draw of labels: the intervals are over starts only. "
+            "To rank policies, pair them on many (--sessions 150 --against ...)."
+        )
+    if any(
+        e["calibration"]["is_fitted_on_this_session"] for e in (report, *report["against"].values())
+    ):
+        lines.append("IN-SAMPLE: a calibration was fitted on the session that is evaluated.")
+    return "\n".join(lines)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _number(value: float | None, digits: int = 1, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def _plus_minus(summary: dict[str, Any]) -> str:
+    low, high = summary["ci95"]
+    return "" if low is None else f"±{(high - low) / 2:.1f}"

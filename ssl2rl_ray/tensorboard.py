@@ -1,0 +1,101 @@
+"""Curves of a run for TensorBoard, all against env steps, so that algorithms compare.
+
+| what | tag |
+|---|---|
+| every number of a row of metrics.jsonl | its key, such as ``validation/episode_return`` |
+| the merged config | text ``config``, at step 0 |
+| hyperparameters | the HPARAMS tab, from the start on, beside ``validation/episode_return`` |
+| the map of a tour | image ``map``, at the end |
+
+A resumed run goes on in a new event file of the same folder and takes out the points at and above
+the step where it goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+HPARAM_METRIC = "validation/episode_return"
+
+
+class TensorBoard:
+    """Writes the events of one run; a context manager."""
+
+    def __init__(self, folder: Path, *, first_env_step: int = 0) -> None:
+        """Opens an event file.
+
+        Args:
+            folder: where TensorBoard is pointed at; made where it is missing.
+            first_env_step: > 0 for a resumed run: points at and above it are taken out.
+        """
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about TensorFlow
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self._writer = SummaryWriter(
+            str(folder), purge_step=first_env_step if first_env_step else None
+        )
+
+    def begin(self, config: Mapping[str, Any], config_text: str) -> None:
+        """Notes what was asked for: hyperparameters (nested plain values), the config as YAML."""
+        from torch.utils.tensorboard.summary import hparams
+
+        self._writer.add_text("config", f"```yaml\n{config_text}\n```", 0)
+        for summary in hparams(_flat(config), {HPARAM_METRIC: 0.0}):
+            self._file.add_summary(summary)
+        self._writer.flush()
+
+    def log(self, row: Mapping[str, Any], num_env_steps: int) -> None:
+        """One point for each finite number of a metrics row; the rest is for metrics.jsonl."""
+        for tag, value in row.items():
+            if tag == "num_env_steps" or isinstance(value, bool) or not isinstance(value, Real):
+                continue
+            if np.isfinite(float(value)):
+                self._writer.add_scalar(tag, float(value), num_env_steps)
+        self._writer.flush()
+
+    def image(self, tag: str, image: np.ndarray, num_env_steps: int) -> None:
+        """One picture, (H, W, 3) uint8."""
+        self._writer.add_image(tag, image, num_env_steps, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the event file."""
+        self._writer.close()
+
+    @property
+    def _file(self) -> Any:
+        return self._writer._get_file_writer()
+
+    def __enter__(self) -> Self:
+        """The writer itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes."""
+        self.close()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | int | str]:
+    """Dotted names; lists and None, which hyperparameters cannot be, become text."""
+    flat: dict[str, bool | float | int | str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = (
+                value if isinstance(value, bool | float | int | str) else str(value)
+            )
+    return flat
