@@ -21,6 +21,7 @@ from ssl2rl_ray.algorithms.expander import Expanded, Expander
 from ssl2rl_ray.algorithms.losses import take
 
 Observation = Mapping[str, Tensor]
+_CELLS_AT_ONCE = 8192
 
 
 def mlp(sizes: Sequence[int], num_outputs: int) -> nn.Sequential:
@@ -134,9 +135,19 @@ class HoleNetwork(nn.Module):
             p = table("own_p", session).gather(1, best)
             q = self._tail(per_patch + p[..., None] * own)
             return q.masked_fill(~has_hole, -torch.inf)
-        patch = table("cell_patch", session)[..., None].expand(-1, -1, per_patch.shape[-1])
         p = table("cell_p", session)
-        q = self._tail(torch.addcmul(per_patch.gather(1, patch), p[..., None], own))
+        batch, num_patches, num_hidden = per_patch.shape
+        at = torch.arange(batch, device=p.device)[:, None] * num_patches
+        at = (at + table("cell_patch", session)).flatten()
+        # A few episodes at a time: what is in the cache need not be fetched from memory (4x).
+        size = max(1, _CELLS_AT_ONCE // p.shape[1]) * p.shape[1]
+        flat = per_patch.view(-1, num_hidden)
+        q = torch.cat(
+            [
+                self._tail(flat.index_select(0, rows).addcmul_(column[:, None], own))
+                for rows, column in zip(at.split(size), p.flatten().split(size), strict=True)
+            ]
+        ).view(batch, -1)
         return q.gather(1, table("hole_cell", session)).masked_fill(~is_allowed, -torch.inf)
 
     def taken(self, observation: Observation, action: Tensor) -> Tensor:
@@ -162,7 +173,7 @@ class HoleNetwork(nn.Module):
 
     def _tail(self, hidden: Tensor) -> Tensor:
         for layer in self.mlp[1:]:
-            hidden = layer(hidden)
+            hidden = hidden.relu_() if isinstance(layer, nn.ReLU) else layer(hidden)
         return hidden.squeeze(-1)
 
     def _best_hole(self, session: Tensor, is_left: Tensor) -> tuple[Tensor, Tensor]:
