@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,19 +119,22 @@ def _new_run_dir(config: str) -> Path:
 def _evaluate(args: argparse.Namespace) -> None:
     from ssl2rl_ray.evaluate import evaluate, format_report
 
-    report = evaluate(
-        args.policy,
-        data=args.data,
-        preset=args.preset,
-        budget_min=args.budget_min,
-        num_episodes=args.episodes,
-        seed=args.seed,
-        calibration=args.calibration,
-        num_sessions=args.sessions,
-        session_kind=args.session_kind,
-        against=args.against,
-        allow_in_sample=args.allow_in_sample,
-    )
+    with _Progress() as progress:
+        report = evaluate(
+            args.policy,
+            data=args.data,
+            preset=args.preset,
+            budget_min=args.budget_min,
+            num_episodes=args.episodes,
+            seed=args.seed,
+            calibration=args.calibration,
+            num_sessions=args.sessions,
+            session_kind=args.session_kind,
+            synthetic_preset=args.synthetic_preset,
+            against=args.against,
+            allow_in_sample=args.allow_in_sample,
+            on_step=progress,
+        )
     _emit(args.json, report, format_report(report))
 
 
@@ -192,7 +196,48 @@ def _config_check(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    raise NotImplementedError
+    from ssl2rl_ray.demo import demo, format_result
+
+    out = Path(args.out)
+    command = ["ssl2rl", *args.argv]
+    args.resume_hint = shlex.join(command)
+    with _Progress() as progress:
+        result = demo(out, args.seed, argv=command, on_step=progress)
+    result["map"] = str(out / "map.png")
+    write_bytes(out / "map.png", _png(result.pop("image")))
+    _emit(args.json, result, format_result(result))
+
+
+class _Progress:
+    """How far long work has come, on stderr: bars on a terminal, elsewhere a line now and then."""
+
+    _SECONDS = 10.0
+
+    def __enter__(self) -> _Progress:
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._next_line = time.monotonic() + self._SECONDS
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bars = Progress(console=Console(stderr=True), transient=True)
+            self._bars.start()
+        return self
+
+    def __call__(self, what: str, share: float) -> None:
+        """``what`` is done to the share (0 to 1)."""
+        if self._bars is not None:
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(what, total=1.0)
+            self._bars.update(self._tasks[what], completed=share)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + self._SECONDS
+            print(f"{what}: {share:.0%}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bars is not None:
+            self._bars.stop()
 
 
 def _emit(json_path: str | None, result: dict[str, Any], text: str) -> None:
@@ -322,13 +367,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     with_rules(sub)
     sub.add_argument("--budget-min", type=_positive(float), default=480.0, help="(%(default)s)")
-    sub.add_argument("--episodes", type=_positive(int), default=50, help="starts (%(default)s)")
+    sub.add_argument(
+        "--episodes",
+        type=_positive(int),
+        help="starts (50; with --sessions: in each session, 1)",
+    )
     sub.add_argument("--seed", type=int, default=0, help="of starts and redrawn labels")
     sub.add_argument(
         "--sessions",
         type=_positive(int),
         metavar="K",
-        help="play K sessions drawn afresh instead, each from one start",
+        help="play K sessions drawn afresh instead",
     )
     sub.add_argument(
         "--session-kind",
@@ -336,6 +385,7 @@ def _parser() -> argparse.ArgumentParser:
         default="redrawn",
         help="DIR with its labels drawn again, or wholly synthetic ones (%(default)s)",
     )
+    sub.add_argument("--synthetic-preset", default="aldolase", help="(%(default)s)")
     sub.add_argument(
         "--against",
         type=_names,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,13 +149,14 @@ def evaluate(
     policy: str,
     *,
     data: str | Path,
-    preset: Preset = "cryorl",
+    preset: Preset | None = None,
     budget_min: float = 480.0,
     num_episodes: int | None = None,
     seed: int = 0,
     calibration: str | Path | None = None,
     num_sessions: int | None = None,
     session_kind: SessionKind = "redrawn",
+    synthetic_preset: str = "aldolase",
     against: Sequence[str] = (),
     allow_in_sample: bool = False,
     on_step: Callable[[str, float], None] | None = None,
@@ -164,7 +166,7 @@ def evaluate(
     Args:
         policy: run directory, exported artefact, or a planner's name.
         data: dataset folder: the session that is evaluated.
-        preset: rules of the session.
+        preset: rules of the session; None = those that ``policy`` was trained under.
         budget_min: minutes.
         num_episodes: starts in the session (default 50), or in each drawn session (default 1).
         seed: of starts, of drawn sessions, and of policies that draw.
@@ -173,7 +175,8 @@ def evaluate(
         num_sessions: sessions drawn afresh instead of the one in ``data``; the unit of every
             summary is then the session, otherwise the episode.
         session_kind: ``redrawn`` keeps holes and predictions of ``data`` and draws its labels
-            again from the calibration; ``synthetic`` draws all, as the preset ``aldolase``.
+            again from the calibration; ``synthetic`` draws all.
+        synthetic_preset: what synthetic sessions are like, see ``envs.cryoem.synthetic``.
         against: policies to compare with.
         allow_in_sample: accept a calibration fitted on the evaluated session.
         on_step: told a policy's name and the share of the budget it has used.
@@ -186,11 +189,12 @@ def evaluate(
     Raises:
         ValueError: no such policy, holes that cannot be evaluated, an in-sample calibration.
     """
-    config = NavigationConfig.preset(preset, budget_min=budget_min)
     dataset = read_dataset(data)
     table = dataset.table
     brought = read_calibration(calibration) if calibration else None
     ours = contestant(policy, brought)
+    preset = preset or ours.preset
+    config = NavigationConfig.preset(preset, budget_min=budget_min)
     others = [contestant(name, brought or ours.calibration) for name in against]
     num_starts = num_episodes or (1 if num_sessions else 50)
     if num_sessions is None:
@@ -203,8 +207,11 @@ def evaluate(
         start_hole = draw_starts(len(table), num_starts, seed)
     else:  # labels drawn afresh: no calibration has seen them
         in_sample = {}
-        model = ours.calibration or brought
-        truths = draw_sessions(table, model, num_sessions, session_kind, config, seed)
+        rngs = [np.random.default_rng(c) for c in np.random.SeedSequence(seed).spawn(num_sessions)]
+        if session_kind == "synthetic":
+            truths = [draw_session(rng, synthetic_preset) for rng in rngs]
+        else:
+            truths = redraw(table, ours.calibration or brought, config, rngs)
         start_hole = _starts_of_each(truths, num_starts, seed)
     session = np.repeat(np.arange(len(truths)), num_starts)
     best = optimum_of_each(truths, config, session, start_hole)
@@ -218,7 +225,7 @@ def evaluate(
             session=session,
             start_hole=start_hole,
             rng=np.random.default_rng(seed),
-            on_step=(lambda share: on_step(each.name, share)) if on_step else None,
+            on_step=partial(on_step, each.name) if on_step else None,
         )
         return {
             **_result(episodes, best, config, len(truths)),
@@ -249,37 +256,24 @@ def evaluate(
     }
 
 
-def draw_sessions(
+def redraw(
     table: HoleTable,
     calibration: Calibration | None,
-    num_sessions: int,
-    kind: SessionKind,
     config: NavigationConfig,
-    seed: int,
+    rngs: Sequence[np.random.Generator],
 ) -> list[HoleTable]:
-    """K sessions that could have been; session k is the same whatever K is.
+    """The session with its labels drawn again, once a generator.
 
-    Raises ValueError where labels are to be redrawn and there is no model to draw them from.
+    Raises ValueError where there is no model to draw them from.
     """
-    rngs = [
-        np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(num_sessions)
-    ]
-    if kind == "synthetic":
-        return [draw_session(rng, "aldolase") for rng in rngs]
     if calibration is None:
         raise ValueError(
             "redrawn sessions need a model of the labels: bring one with --calibration TRAIN_DIR, "
             "or use --session-kind synthetic"
         )
-    base = calibration.base_logit(table)
+    base, threshold = calibration.base_logit(table), config.low_ctf_threshold_A
     return [
-        redraw_labels(
-            table,
-            base,
-            calibration.effects,
-            rng,
-            low_ctf_threshold_A=config.low_ctf_threshold_A,
-        )
+        redraw_labels(table, base, calibration.effects, rng, low_ctf_threshold_A=threshold)
         for rng in rngs
     ]
 
@@ -361,7 +355,12 @@ def _result(
     fraction = np.divide(
         episodes.episode_return, best, out=np.full(len(best), np.nan), where=best > 0
     )
-    values = (episodes.episode_return, episodes.num_low_ctf, episodes.num_visits, fraction)
+    values: tuple[FloatArray, ...] = (
+        episodes.episode_return,
+        episodes.num_low_ctf,
+        episodes.num_visits.astype(float),
+        fraction,
+    )
     minutes = episodes.minutes_by_switch.mean(axis=0)
     levels = [s.name.lower() for s in Switch]
     return {

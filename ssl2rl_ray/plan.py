@@ -107,6 +107,8 @@ def make_plan(
     seen = table.replace(is_labelled=done)
     stack = SessionStack.of([seen], config)
     policy = make_policy(stack, config)
+    if policy.name == "oracle":
+        raise ValueError("the oracle knows the outcomes, which a plan cannot: take `knapsack`")
     rng = np.random.default_rng(seed)
     visited = done.copy()
     visited[start_hole] = True
