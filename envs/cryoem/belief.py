@@ -179,23 +179,26 @@ def believe(
 
 @dataclass(frozen=True, eq=False)
 class Sorted:
-    """The holes left of each patch, best first, with running sums."""
+    """The holes left of each patch, best first, with running sums; rank leads, so that it sums fast."""
 
     p: FloatArray
-    """(E, P, K + 1); 0 past the last hole left."""
+    """(K + 1, E, P); 0 past the last hole left."""
     sum_p: FloatArray
-    """(E, P, K + 1) sum of the first k."""
+    """(K + 1, E, P) sum of the first k."""
 
     @classmethod
     def of(cls, belief: Belief) -> Sorted:
         """Sorts once; every price then costs a count and three look-ups a patch."""
-        p = np.zeros((*belief.p.shape[:2], belief.p.shape[2] + 1), np.float32)
-        np.negative(belief.p, out=p[..., :-1])
-        p[..., :-1].sort(-1)
-        np.negative(p[..., :-1], out=p[..., :-1])
+        num_episodes, num_patches, num_slots = belief.p.shape
+        p = np.zeros((num_slots + 1, num_episodes, num_patches), np.float32)
+        p[:-1] = np.moveaxis(np.sort(belief.p, axis=-1)[..., ::-1], -1, 0)
         sum_p = np.zeros_like(p)
-        np.cumsum(p[..., :-1], -1, out=sum_p[..., 1:])
+        np.cumsum(p[:-1], 0, out=sum_p[1:])
         return cls(p=p, sum_p=sum_p)
+
+    def at(self, rank: IntArray) -> IntArray:
+        """(E, P) flat indices of a rank (E, P), for ``take``."""
+        return rank * rank.size + np.arange(rank.size).reshape(rank.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,22 +224,23 @@ def worth(sorted_p: Sorted, price: FloatArray, config: NavigationConfig) -> Wort
     """Surpluses at a price (E, P) or (E, 1), reward per minute."""
     t, r = config.minutes, config.reward
     cost = price.astype(np.float32) * np.float32(t[0])
-    num = (r[0] * sorted_p.p > cost[..., None]).sum(-1)
-    index = num[..., None]
-    stay = r[0] * np.take_along_axis(sorted_p.sum_p, index, -1)[..., 0] - num * cost
-    above = np.take_along_axis(sorted_p.p, np.maximum(index - 1, 0), -1)[..., 0]
-    below = np.take_along_axis(sorted_p.p, index, -1)[..., 0]
-    is_empty = sorted_p.p[..., 0] <= 0
+    num = (sorted_p.p > cost / np.float32(r[0])).sum(0, dtype=np.int32)
+    index = sorted_p.at(num)
+    stay = np.float32(r[0]) * sorted_p.sum_p.take(index) - num.astype(np.float32) * cost
+    below = sorted_p.p.take(index)
+    above = sorted_p.p.take(np.where(num > 0, index - num.size, index))
+    is_empty = sorted_p.p[0] <= 0
     patch = [stay]
+    no_swap = np.where(num > 0, cost, np.float32(-np.inf))
+    no_add = np.where(below > 0, np.float32(0), np.float32(-np.inf))
     for level in (1, 2, 3):
-        swap = np.where(num > 0, (r[level] - r[0]) * above + cost, -np.inf)
-        add = np.where(below > 0, r[level] * below, -np.inf)
-        way_in = np.maximum(swap, add) - price * np.float32(t[level])
-        patch.append(np.where(is_empty, -np.inf, stay + way_in).astype(np.float32))
-    minutes = np.where(is_empty, 0, t[1] + t[0] * np.maximum(num - 1, 0))
-    return Worth(
-        stay=stay.astype(np.float32), patch=tuple(patch), num_worth=num, minutes=minutes
-    )
+        swap = np.float32(r[level] - r[0]) * above + no_swap
+        way_in = np.maximum(swap, np.float32(r[level]) * below + no_add) - price * np.float32(
+            t[level]
+        )
+        patch.append(np.where(is_empty, np.float32(-np.inf), stay + way_in))
+    minutes = np.where(is_empty, 0, t[1] + t[0] * np.maximum(num - 1, 0)).astype(np.float32)
+    return Worth(stay=stay, patch=tuple(patch), num_worth=num, minutes=minutes)
 
 
 @dataclass(frozen=True, eq=False)

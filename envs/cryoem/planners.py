@@ -102,7 +102,7 @@ def rate_index(now: Situation, *, is_adaptive: bool = False) -> IntArray:
             is_too_cheap = surplus > 0
             low, high = np.where(is_too_cheap, rate, low), np.where(is_too_cheap, high, rate)
         value = belief.worth(sorted_p, low, config)
-        has_holes = sorted_p.p[..., 0] > 0
+        has_holes = sorted_p.p[0] > 0
         way_in = value.patch[level] - np.maximum(value.patch[1], 0)
         return np.where(has_holes, low, -1), np.where(has_holes, way_in, -np.inf)
 

@@ -46,6 +46,7 @@ FEATURES = (
     "progress",  # visits so far / 480
     "minutes_left",  # / 480
     "log_minutes_left",  # log(1 + minutes) / log(481)
+    "bound",  # expected reward still to come, by Lagrangian duality: price x minutes left + surpluses
 )
 NUM_FEATURES = len(FEATURES)
 PRIOR_COLUMN = FEATURES.index("advantage")
@@ -111,6 +112,7 @@ def candidate_rows(
     worth_patch = np.where(place.other_patch, value.patch[1], -np.inf)
     worth_square = np.where(place.other_square, groups.square[0], -np.inf)
     worth_grid = np.where(place.other_grid, groups.grid, -np.inf)
+    bound = price * left + in_grid + np.maximum(worth_grid, 0).sum(-1)
     to_patch, to_square, to_grid = (
         _top(worth_patch, n_patch),
         _top(worth_square, n_square),
@@ -162,8 +164,8 @@ def candidate_rows(
         np.minimum(gain, 0) + _TIE * np.float32(0.1),
         np.minimum(surplus_group, 0) - loss + _TIE * np.maximum(surplus_group, -1),
     )
-    ranked = sorted_p.p[col, patch]  # (E, C, K + 1), best first
-    sums = sorted_p.sum_p[col, patch]
+    ranked = np.moveaxis(sorted_p.p[:, col, patch], 0, -1)  # (E, C, K + 1), best first
+    sums = np.moveaxis(sorted_p.sum_p[:, col, patch], 0, -1)
     num_slots = ranked.shape[-1] - 1
     k = np.arange(1, num_slots + 1, dtype=np.float32)
     run = (reward[0] * sums[..., 1:] - ((reward[0] - reward[level])[:, None]) * ranked[..., :1]) / (
@@ -207,6 +209,7 @@ def candidate_rows(
         (num_visited / 480)[:, None],
         (minutes_left / 480)[:, None],
         (np.log1p(np.maximum(minutes_left, 0)) / np.log(481))[:, None],
+        bound[:, None],
     ]
     rows = np.empty((*patch.shape, NUM_FEATURES), np.float32)
     for index, column in enumerate(columns):
