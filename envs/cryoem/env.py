@@ -14,7 +14,7 @@ budget is part of the task. It also ends where no hole is left.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -33,6 +33,9 @@ from envs.cryoem.types import (
     RandomEffects,
     SessionSource,
 )
+
+if TYPE_CHECKING:
+    from envs.cryoem.belief import Layout
 
 _OPTIONS = ("start_hole", "session")
 _INT32_MAX = np.iinfo(np.int32).max
@@ -108,6 +111,7 @@ class CryoEMVectorEnv(VectorEnv[Observation, IntArray, np.ndarray]):
         self._allocate(self.stack.shape.num_holes)
         self._generators: list[np.random.Generator] | None = None
         self._candidate_hole: IntArray | None = None
+        self._layout: Layout | None = None  # the sessions gathered for ``rates``, until a reset
         self._make_spaces()
         if seed is not None:
             super().reset(seed=seed)
@@ -278,6 +282,7 @@ class CryoEMVectorEnv(VectorEnv[Observation, IntArray, np.ndarray]):
                 raise ValueError(f"start_hole: {start} is not one of the {num_holes} holes")
             self._session[row], self._start[row] = session, start
             self._budget[row] = generator.uniform(*self.budget_range_min)
+        self._layout = None
         start = self._start[rows]
         for array, value in (
             (self._visited, False), (self._bits, 0), (self._recent, -1), (self._order, -1),
@@ -349,20 +354,21 @@ class CryoEMVectorEnv(VectorEnv[Observation, IntArray, np.ndarray]):
             if is_rates
             else (self.stack.shape.num_patches, "patch")
         )
-        is_wrong = ((actions < 0) | (actions >= size)) & ~self._is_done
-        actions = np.where(is_wrong | self._is_done, 0, actions)
+        is_outside = (actions < 0) | (actions >= size)
+        inside = np.where(is_outside, 0, actions)
         if self._candidate_hole is not None:
-            holes = self._candidate_hole[self._all, actions]
-            is_left = self._candidate_mask[self._all, actions]
+            holes = self._candidate_hole[self._all, inside]
+            is_left = self._candidate_mask[self._all, inside]
         else:
-            slots = self.stack.slot_hole[self._session, actions]
+            slots = self.stack.slot_hole[self._session, inside]
             left = (slots >= 0) & ~self._visited[self._all[:, None], slots]
             holes, is_left = slots[self._all, left.argmax(1)], left.any(1)
-        is_wrong |= ~is_left & ~self._is_done
-        if is_wrong.any():
+        if (is_wrong := (is_outside | ~is_left) & ~self._is_done).any():
             at = int(is_wrong.argmax())
             raise ValueError(
-                f"episode {at}: {kind} {actions[at]} of {size} has no hole left; see action_mask()"
+                f"episode {at}: {kind} {actions[at]} "
+                + (f"is not one of {size}" if is_outside[at] else "has no hole left")
+                + "; see action_mask()"
             )
         return holes
 
@@ -421,8 +427,11 @@ class CryoEMVectorEnv(VectorEnv[Observation, IntArray, np.ndarray]):
         """The observation of the feature set."""
         if self.config.feature_set != "rates":
             return self.compact_observation()
+        from envs.cryoem.belief import Layout
         from envs.cryoem.rates import candidate_rows
 
+        if self._layout is None:
+            self._layout = Layout.of(self.stack, self._session, self.effects)
         left = np.maximum(self._budget - self._elapsed, 0)
         rows, hole, mask = candidate_rows(
             self.stack,
@@ -432,6 +441,7 @@ class CryoEMVectorEnv(VectorEnv[Observation, IntArray, np.ndarray]):
             left,
             self.config,
             self.effects,
+            layout=self._layout,
         )
         self._candidate_hole, self._candidate_mask = hole, mask
         return {
@@ -505,6 +515,7 @@ class CryoEMNavigationEnv(gym.Env[Observation, int]):
         *,
         render_mode: str | None = None,
         draw_session: SessionSource | None = None,
+        capacity: tuple[int, int, int, int, int] | None = None,
         budget_range_min: tuple[float, float] | None = None,
         effects: RandomEffects = RandomEffects(),  # noqa: B008 (frozen)
     ) -> None:
@@ -520,6 +531,7 @@ class CryoEMNavigationEnv(gym.Env[Observation, int]):
             config,
             1,
             draw_session=draw_session,
+            capacity=capacity,
             budget_range_min=budget_range_min,
             effects=effects,
         )
