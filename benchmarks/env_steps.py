@@ -4,8 +4,8 @@ Run: ``python benchmarks/env_steps.py`` (one process, one thread; a few seconds)
 what the compact observation replaces: each step it counts the groups and writes 17 features for
 every hole, in plain Python, and stacks the last four, as the public CryoRL code does; its features
 are checked against ours first. All are measured in one run, on one synthetic session, with the same
-tours of unvisited holes drawn beforehand. A rate is the best of several repeats: on a shared machine
-the others measure the neighbours.
+tours of unvisited holes drawn beforehand. A rate is the best of several repeats: on a machine
+that is shared, the others measure the neighbours.
 """
 
 from __future__ import annotations
