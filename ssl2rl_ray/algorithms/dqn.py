@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -139,7 +140,13 @@ class DQN(rllib_dqn.DQN):
         self.num_env_steps = 0
         self.num_updates = 0
         self._updates_due = 0.0
+        self._returns: deque[float] = deque(maxlen=self.replay.num_streams)
         self._rng = np.random.default_rng([self.config.seed or 0, 1])
+
+    @property
+    def mean_return(self) -> float | None:
+        """Of the last finished episodes, as many as are played side by side; None = none yet."""
+        return float(np.mean(self._returns)) if self._returns else None
 
     def training_step(self) -> None:
         """One fragment from every runner, then the updates that are due for it."""
@@ -155,6 +162,7 @@ class DQN(rllib_dqn.DQN):
             if not fragments:
                 return
             self.metrics.aggregate(results, key=ENV_RUNNER_RESULTS)
+            self._returns.extend(r for f in fragments for r in f["episode_returns"])
             columns = side_by_side(fragments, max(1, self.config.num_env_runners))
             self.replay.push(**columns)
             num_new = int(columns["is_move"].sum())
@@ -285,20 +293,14 @@ def side_by_side(fragments: list[Columnar], num_runners: int) -> Columnar:
     """One fragment of all streams; those of a runner that did not answer are empty."""
     by_runner = {max(0, int(f["worker_index"]) - 1): f for f in fragments}
     first = fragments[0]
-    missing = {
-        key: {k: np.zeros_like(v) for k, v in value.items()}
-        if key == "observation"
-        else np.zeros_like(value)
-        for key, value in first.items()
-    }
+    keys = ("action", "reward", "minutes", "is_terminated", "is_truncated", "is_move")
+    missing = {key: np.zeros_like(first[key]) for key in (*keys, "is_continued")}
+    missing["observation"] = {k: np.zeros_like(v) for k, v in first["observation"].items()}
     parts = [by_runner.get(index, missing) for index in range(num_runners)]
-    columns: Columnar = {
-        key: np.concatenate([part[key] for part in parts], axis=1)
-        for key in ("action", "reward", "minutes", "is_terminated", "is_truncated", "is_move")
-    }
-    columns["is_continued"] = np.concatenate([part["is_continued"] for part in parts])
+    columns: Columnar = {key: np.concatenate([p[key] for p in parts], axis=1) for key in keys}
+    columns["is_continued"] = np.concatenate([p["is_continued"] for p in parts])
     columns["observation"] = {
-        key: np.concatenate([part["observation"][key] for part in parts], axis=1)
+        key: np.concatenate([p["observation"][key] for p in parts], axis=1)
         for key in first["observation"]
     }
     return columns
@@ -343,6 +345,7 @@ def build(
     if config.final_learning_rate != config.learning_rate:
         learning_rate.append([training.num_env_steps, config.final_learning_rate])
     rllib = NavigationDQNConfig()
+    rllib.api_stack(enable_rl_module_and_learner=True, enable_env_runner_and_connector_v2=True)
     rllib.recipe = config
     rllib.num_env_steps = training.num_env_steps
     rllib.environment(env="ssl2rl-navigation", env_config={"make_env": make_env})

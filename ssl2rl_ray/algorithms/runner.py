@@ -90,6 +90,7 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
             "is_move": np.empty(shape, np.bool_),
             "is_continued": np.full(self.num_envs, is_continued),
             "worker_index": self.worker_index or 0,
+            "episode_returns": [],
         }
         forward = self.module.forward_exploration if explore else self.module.forward_inference
         num_runners = self.config.num_env_runners or 1
@@ -119,6 +120,7 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
             self._has_ended = terminated | truncated
             for episode in np.flatnonzero(self._has_ended):
                 num_ended += 1
+                columns["episode_returns"].append(float(self._return[episode]))
                 self._end_episode(episode)
             self._observation = reached
         self.num_env_steps_sampled_lifetime += num_steps * num_runners

@@ -1,0 +1,181 @@
+"""A trained policy that acts with torch alone: two files, no Ray, no pickle.
+
+policy.safetensors   the weights
+policy.json          what they expect: feature set, rules, layers, calibration, table hashes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from envs.cryoem.calibration import Calibration
+from envs.cryoem.stack import Observation, SessionStack, unpack_visited
+from envs.cryoem.types import IntArray, NavigationConfig
+from ssl2rl_ray.algorithms.networks import HoleNetwork, make_network
+
+FORMAT = "ssl2rl-policy"
+FORMAT_VERSION = 1
+_LEARNED_WITH = ("feature_set", "action_level", "num_past_steps", "num_candidates")
+
+
+class ArtefactError(ValueError):
+    """A folder is not a policy that this program can use; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Artefact:
+    """Weights and all that is needed to act with them on any session."""
+
+    weights: dict[str, Tensor]
+    rules: NavigationConfig
+    """As in training: feature set and action level are the policy's own."""
+    calibration: Calibration
+    """Turns another session's predictions into the probabilities that the policy expects."""
+    hidden_sizes: tuple[int, ...]
+    is_dueling: bool | None
+    is_residual: bool
+    table_hashes: tuple[str, ...] = ()
+    """Sessions that it was trained on, as far as they were real."""
+    name: str = "dqn"
+
+    def save(self, folder: Path) -> None:
+        """Writes both files; the folder exists."""
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.weights.items()}
+        save_file(weights, folder / "policy.safetensors")
+        description = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "rules": dataclasses.asdict(self.rules),
+            "calibration": self.calibration.to_json(),
+            "hidden_sizes": list(self.hidden_sizes),
+            "is_dueling": self.is_dueling,
+            "is_residual": self.is_residual,
+            "table_hashes": list(self.table_hashes),
+            "num_parameters": sum(value.numel() for value in weights.values()),
+        }
+        (folder / "policy.json").write_text(json.dumps(description, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads both files; raises ArtefactError where they are no policy of ours."""
+        try:
+            description: dict[str, Any] = json.loads((folder / "policy.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ArtefactError(
+                f"{folder} is not an exported policy ({error}): give the `policy` folder of a run"
+            ) from error
+        version = description.get("format_version", 0)
+        if description.get("format") != FORMAT or version > FORMAT_VERSION:
+            raise ArtefactError(
+                f"{folder}: format {description.get('format')!r} version {version}; this program "
+                f"reads {FORMAT!r} up to {FORMAT_VERSION}: update ssl2rl-ray"
+            )
+        try:
+            rules = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in description["rules"].items()
+            }
+            return cls(
+                weights=load_file(folder / "policy.safetensors"),
+                rules=NavigationConfig(**rules),
+                calibration=Calibration.from_json(description["calibration"]),
+                hidden_sizes=tuple(description["hidden_sizes"]),
+                is_dueling=description["is_dueling"],
+                is_residual=description["is_residual"],
+                table_hashes=tuple(description["table_hashes"]),
+                name=description["name"],
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ArtefactError(f"{folder}: the policy is damaged: {error}") from error
+
+    def make(self, stack: SessionStack, rules: NavigationConfig | None = None) -> TorchPolicy:
+        """The policy on these sessions, whose ``p_low_ctf`` come from ``calibration``.
+
+        ``rules`` may have other minutes, rewards and budget than in training. Raises ArtefactError
+        where the weights do not fit the network that the description asks for.
+        """
+        learned = {name: getattr(self.rules, name) for name in _LEARNED_WITH}
+        rules = dataclasses.replace(rules or self.rules, **learned)
+        network = make_network(
+            rules,
+            stack,
+            hidden_sizes=self.hidden_sizes,
+            is_dueling=self.is_dueling,
+            is_residual=self.is_residual,
+        )
+        try:
+            network.load_state_dict(self.weights)
+        except RuntimeError as error:
+            raise ArtefactError(
+                f"policy {self.name}: weights and description differ: {error}"
+            ) from error
+        return TorchPolicy(network.eval().requires_grad_(False), stack, rules, self)
+
+
+class TorchPolicy:
+    """``envs.cryoem.stack.Policy``: the greedy policy of a network."""
+
+    def __init__(
+        self, network: Any, stack: SessionStack, rules: NavigationConfig, artefact: Artefact
+    ) -> None:
+        """Use ``Artefact.make``."""
+        self.name = artefact.name
+        self.network = network
+        self.stack = stack
+        self.rules = rules
+        self.effects = artefact.calibration.effects
+        if isinstance(network, HoleNetwork):
+            hashes = tuple(str(value) for value in stack.table_hash)
+            assert network.expander.table_hash == hashes, "the expander has another stack's tables"
+
+    def act(self, observation: Observation, rng: np.random.Generator) -> IntArray:
+        """(E,) the hole of the highest value; raises ValueError where ``recent`` is too short."""
+        if self.rules.feature_set == "rates":
+            return self._act_on_candidates(observation)
+        num_needed = self.rules.num_past_steps
+        if observation["recent"].shape[1] < num_needed:
+            raise ValueError(
+                f"policy {self.name} looks {num_needed} steps back, the observation has "
+                f"{observation['recent'].shape[1]}: play with num_past_steps {num_needed}"
+            )
+        observation = {**observation, "recent": observation["recent"][:, :num_needed]}
+        action = self._greedy(observation)
+        if self.rules.action_level == "hole":
+            return action
+        session = observation["session"][:, 0]
+        slots = self.stack.slot_hole[session, action]  # (E, K), best prediction first
+        visited = unpack_visited(observation, self.stack.shape.num_holes)
+        is_open = (slots >= 0) & ~np.take_along_axis(visited, np.maximum(slots, 0), 1)
+        return slots[np.arange(len(slots)), is_open.argmax(1)]
+
+    def _act_on_candidates(self, observation: Observation) -> IntArray:
+        from envs.cryoem.rates import candidate_rows
+
+        session = observation["session"][:, 0]
+        left = np.maximum(self.rules.budget_min - observation["elapsed_min"][:, 0], 0)
+        rows, hole, mask = candidate_rows(
+            self.stack,
+            session,
+            unpack_visited(observation, self.stack.shape.num_holes),
+            observation["recent"][:, 0],
+            left,
+            self.rules,
+            self.effects,
+        )
+        action = self._greedy({"rows": rows, "action_mask": mask})
+        return hole[np.arange(len(hole)), action]
+
+    def _greedy(self, observation: Observation) -> IntArray:
+        with torch.no_grad():
+            q = self.network({key: torch.as_tensor(value) for key, value in observation.items()})
+        return q.argmax(dim=1).numpy()

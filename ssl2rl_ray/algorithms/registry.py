@@ -1,0 +1,8 @@
+"""The algorithms by name: a literal, because a handful of them does not earn a plug-in system."""
+
+from __future__ import annotations
+
+from ssl2rl_ray.algorithms import dqn
+
+ALGORITHMS = {"dqn": dqn.build}
+"""``config.algorithm.name`` -> ``build(config, training, make_env=, make_network=, seed=)``."""

@@ -1,0 +1,471 @@
+"""Train a policy that chooses holes: config -> sessions -> env and network -> RLlib -> files.
+
+Everything random hangs on ``config.seed``, except the validation, which is the same for all seeds.
+Runners and learner make sessions and networks from the config, wherever they are: nothing large
+travels. Shape letters: E episodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from envs.cryoem.calibration import Calibration, fit_calibration
+from envs.cryoem.env import CryoEMVectorEnv
+from envs.cryoem.stack import SessionStack
+from envs.cryoem.synthetic import PRESETS, draw_session, redraw_labels, synthetic_calibration
+from envs.cryoem.types import FloatArray, HoleTable, NavigationConfig
+from ssl2rl_ray.algorithms.module import linear_epsilon
+from ssl2rl_ray.algorithms.networks import QNetwork, make_network
+from ssl2rl_ray.algorithms.policy import Artefact
+from ssl2rl_ray.config import NavigationRunConfig, navigation_config, to_dict, to_yaml
+from ssl2rl_ray.data.folder import read_dataset
+from ssl2rl_ray.runs import RunDirectory
+from ssl2rl_ray.tensorboard import TensorBoard
+
+_VALIDATION_SEED = 20210331
+_STARTS_PER_SESSION = 8
+"""Episodes on each real validation session."""
+
+
+# ---- sessions ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sessions:
+    """What a run trains and validates on."""
+
+    config: NavigationRunConfig
+    calibration: Calibration
+    train: tuple[HoleTable, ...]
+    """Real sessions, calibrated, without the validation grids."""
+    validation: tuple[HoleTable, ...]
+    """Real sessions and grids that nothing is learned from."""
+    base_logits: tuple[FloatArray, ...]
+    """(N,) each: what labels of ``train`` are redrawn from."""
+
+    def draw(self, rng: np.random.Generator, *, is_real_allowed: bool = True) -> HoleTable:
+        """One session, by the weights of ``config.sessions``."""
+        sessions = self.config.sessions
+        weight = np.array([sessions.real, sessions.redrawn, sessions.synthetic])
+        if not is_real_allowed:
+            weight = weight if weight[1:].any() else np.array([0.0, 1.0, 0.0])
+            weight = weight * [0, 1, 1]
+        kind = rng.choice(3, p=weight / weight.sum())
+        if kind == 2:
+            return draw_session(rng, sessions.preset)
+        which = int(rng.integers(len(self.train)))
+        if kind == 0:
+            return self.train[which]
+        preset = PRESETS[sessions.preset]
+        return redraw_labels(
+            self.train[which],
+            self.base_logits[which],
+            self.calibration.effects,
+            rng,
+            effects_jitter=preset.effects_jitter,
+            session_bias_sd=preset.session_bias_sd,
+            low_ctf_threshold_A=navigation_config(self.config.env).low_ctf_threshold_A,
+            preset=preset,
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def sessions_of(config: NavigationRunConfig) -> Sessions:
+    """Reads the datasets and fits (or takes) the calibration.
+
+    Raises ValueError for grids that are in no training session, or where none would be left.
+    """
+    rules, data = navigation_config(config.env), config.data
+    train, validation = [], [read_dataset(path).table for path in data.validation]
+    unknown = set(data.validation_grids)
+    for path in data.train:
+        table = read_dataset(path).table
+        unknown -= set(table.grid_name)
+        is_held_out = np.isin(table.grid_name, data.validation_grids)[table.grid_id]
+        if is_held_out.all():
+            raise ValueError(f"data.validation_grids: nothing of {path} is left to train on")
+        train.append(table.select(~is_held_out) if is_held_out.any() else table)
+        if is_held_out.any():
+            validation.append(table.select(is_held_out))
+    if unknown:
+        raise ValueError(f"data.validation_grids: no grid {sorted(unknown)[0]!r} in data.train")
+    calibration = _calibration(config, train, rules)
+    return Sessions(
+        config=config,
+        calibration=calibration,
+        train=tuple(calibration.apply(table) for table in train),
+        validation=tuple(calibration.apply(table) for table in validation),
+        base_logits=tuple(calibration.base_logit(table) for table in train),
+    )
+
+
+def _calibration(
+    config: NavigationRunConfig, train: list[HoleTable], rules: NavigationConfig
+) -> Calibration:
+    """Of the folder that is named, else fitted on what is trained on, else the preset's."""
+    if config.data.calibration is not None:
+        dataset = read_dataset(config.data.calibration)
+        if dataset.calibration is not None:
+            return Calibration.from_json(dataset.calibration)
+        return fit_calibration(dataset.table, rules)
+    if train:
+        return fit_calibration(_together(train), rules)
+    return synthetic_calibration(config.sessions.preset)
+
+
+def _together(tables: list[HoleTable]) -> HoleTable:
+    """One table of several sessions, their names told apart by a number."""
+    if len(tables) == 1:
+        return tables[0]
+
+    def names(level: str) -> np.ndarray:
+        return np.concatenate(
+            [
+                np.char.add(f"{i}/", getattr(t, f"{level}_name")[getattr(t, f"{level}_id")])
+                for i, t in enumerate(tables)
+            ]
+        )
+
+    columns = ("ctf_max_resolution_A", "predicted_ctf_A", "p_low_ctf", "is_labelled", "x", "y")
+    return HoleTable.from_names(
+        hole_name=np.concatenate([np.char.add(f"{i}/", t.hole_name) for i, t in enumerate(tables)]),
+        grid=names("grid"),
+        square=names("square"),
+        patch=names("patch"),
+        **{name: np.concatenate([getattr(t, name) for t in tables]) for name in columns},
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def session_pool(config: NavigationRunConfig) -> SessionStack | None:
+    """The sessions that are replayed; None = drawn afresh every episode."""
+    sessions, rules = sessions_of(config), navigation_config(config.env)
+    if config.sessions.redrawn == config.sessions.synthetic == 0:
+        return SessionStack.of(sessions.train, rules)
+    if config.sessions.pool_size is None:
+        return None
+    rng = np.random.default_rng([config.seed, 2])
+    return SessionStack.of([sessions.draw(rng) for _ in range(config.sessions.pool_size)], rules)
+
+
+@functools.lru_cache(maxsize=4)
+def validation_stack(config: NavigationRunConfig) -> SessionStack:
+    """The fixed set of validation sessions: drawn ones, then real ones several times."""
+    sessions = sessions_of(config)
+    rng = np.random.default_rng(_VALIDATION_SEED)
+    num_drawn = config.training.num_validation_sessions
+    drawn = [sessions.draw(rng, is_real_allowed=False) for _ in range(num_drawn)]
+    real = [table for table in sessions.validation for _ in range(_STARTS_PER_SESSION)]
+    return SessionStack.of([*drawn, *real], navigation_config(config.env))
+
+
+# ---- env and network -----------------------------------------------------------------------------
+
+
+def training_env(config: NavigationRunConfig, *, num_envs: int, seed: int) -> CryoEMVectorEnv:
+    """The env of one runner."""
+    sessions = sessions_of(config)
+    pool = session_pool(config)
+    return CryoEMVectorEnv(
+        [] if pool is None else pool,
+        navigation_config(config.env),
+        num_envs,
+        draw_session=sessions.draw if pool is None else None,
+        budget_range_min=config.sessions.budget_range_min,
+        effects=sessions.calibration.effects,
+        seed=seed,
+    )
+
+
+def network_for(config: NavigationRunConfig, stack: SessionStack | None) -> QNetwork:
+    """The network that the config asks for, on a stack of sessions."""
+    algorithm = config.algorithm
+    return make_network(
+        navigation_config(config.env),
+        stack,
+        hidden_sizes=algorithm.hidden_sizes,
+        is_dueling=algorithm.dueling,
+        is_residual=algorithm.is_residual,
+    )
+
+
+def training_network(config: NavigationRunConfig) -> QNetwork:
+    """The network on the training sessions."""
+    return network_for(config, session_pool(config))
+
+
+class Validation:
+    """The greedy policy on the same sessions from the same starts, in one vectorised batch."""
+
+    def __init__(self, config: NavigationRunConfig) -> None:
+        """Stacks the sessions and makes a network of its own on them."""
+        stack = validation_stack(config)
+        self.num_real = len(sessions_of(config).validation) * _STARTS_PER_SESSION
+        self.num_episodes = len(stack.num_holes)
+        self.network = network_for(config, stack)
+        self.env = CryoEMVectorEnv(
+            stack,
+            navigation_config(config.env),
+            self.num_episodes,
+            effects=sessions_of(config).calibration.effects,
+        )
+
+    def play(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Means over episodes: of all (``episode_return``), drawn and real ones apart."""
+        self.network.load_state_dict(weights)
+        returns = play(self.env, self.network)
+        row = {"validation/episode_return": float(returns.mean())}
+        if self.num_real:
+            row["validation/real_return"] = float(returns[-self.num_real :].mean())
+            row["validation/drawn_return"] = float(returns[: -self.num_real].mean())
+        return row
+
+
+def play(env: CryoEMVectorEnv, network: QNetwork) -> FloatArray:
+    """(E,) returns of one greedy episode in each of the env's sessions, in order."""
+    observation, _ = env.reset(seed=_VALIDATION_SEED, options={"session": np.arange(env.num_envs)})
+    returns, is_running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
+    while is_running.any():
+        with torch.no_grad():
+            q = network({key: torch.as_tensor(value) for key, value in observation.items()})
+        observation, reward, terminated, truncated, _ = env.step(q.argmax(dim=1).numpy())
+        returns += reward * is_running
+        is_running &= ~(terminated | truncated)
+    return returns
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+def train(
+    config: NavigationRunConfig,
+    run: RunDirectory,
+    *,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Trains to the end, from the run's latest checkpoint if it has one.
+
+    Args:
+        config: what the run was begun with.
+        run: open for writing; gets metrics, checkpoints, TensorBoard events, the best policy (by
+            validation) and the summary.
+        progress: told each row of metrics; None prints a line to stderr.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ValueError: settings or data that do not go together, by name.
+        KeyboardInterrupt: after Ctrl-C, once the state is safe on disk.
+    """
+    from ssl2rl_ray.algorithms.registry import ALGORITHMS
+
+    progress = progress or _print_row
+    training = config.training
+    torch.set_num_threads(training.num_torch_threads)
+    sessions = sessions_of(config)
+    run.write_calibration(sessions.calibration.to_json())
+    with _ray(training.num_env_runners), contextlib.ExitStack() as stack:
+        algorithm = ALGORITHMS[config.algorithm.name](
+            config.algorithm,
+            training,
+            make_env=functools.partial(training_env, config),
+            make_network=functools.partial(training_network, config),
+            seed=config.seed,
+        )
+        stack.callback(algorithm.stop)
+        if run.latest is not None:
+            state = torch.load(run.latest / "state.pt", weights_only=True)
+            algorithm.restore_checkpoint(state)
+        first_step = algorithm.num_env_steps
+        validation = Validation(config)
+        board = stack.enter_context(
+            TensorBoard(run.path / "tensorboard", first_env_step=first_step)
+        )
+        if not first_step:
+            board.begin(to_dict(config), to_yaml(config))
+            _look(config, run, algorithm, validation, board, {}, progress)
+        interrupted = stack.enter_context(_on_interrupt())
+        clock = _Clock(first_step)
+        next_look = _next_multiple(first_step, training.evaluation_interval_steps)
+        while algorithm.num_env_steps < training.num_env_steps:
+            result = algorithm.train()
+            is_over = algorithm.num_env_steps >= training.num_env_steps or interrupted.is_set()
+            if algorithm.num_env_steps >= next_look or is_over:
+                row = {**_training_row(config, algorithm, result), **clock.row(algorithm)}
+                _look(config, run, algorithm, validation, board, row, progress)
+                next_look = _next_multiple(
+                    algorithm.num_env_steps, training.evaluation_interval_steps
+                )
+                clock.restart(algorithm)
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+        return _finish(run, algorithm)
+
+
+def _look(
+    config: NavigationRunConfig,
+    run: RunDirectory,
+    algorithm: Any,
+    validation: Validation,
+    board: TensorBoard,
+    row: dict[str, Any],
+    progress: Callable[[dict[str, Any]], None],
+) -> None:
+    """Validates, saves, and says so."""
+    weights = algorithm.network_state()
+    started = time.perf_counter()
+    row = {"num_env_steps": algorithm.num_env_steps, **row, **validation.play(weights)}
+    row["validation/wall_s"] = time.perf_counter() - started
+    value = row["validation/episode_return"]
+    best = max((entry["value"] for entry in run.checkpoints), default=-np.inf)
+    artefact = _artefact(config, weights)
+
+    def write(folder: Path) -> None:
+        torch.save(
+            algorithm.checkpoint(has_replay=config.training.is_buffer_saved), folder / "state.pt"
+        )
+        (folder / "policy").mkdir()
+        artefact.save(folder / "policy")
+
+    run.save_checkpoint(algorithm.num_env_steps, write, value=value)
+    if value > best:
+        run.write_policy(artefact.save)
+    run.log(row)
+    board.log(row, algorithm.num_env_steps)
+    progress(row)
+
+
+def _artefact(config: NavigationRunConfig, weights: dict[str, torch.Tensor]) -> Artefact:
+    sessions = sessions_of(config)
+    return Artefact(
+        weights=weights,
+        rules=navigation_config(config.env),
+        calibration=sessions.calibration,
+        hidden_sizes=config.algorithm.hidden_sizes,
+        is_dueling=config.algorithm.dueling,
+        is_residual=config.algorithm.is_residual,
+        table_hashes=tuple(table.content_hash for table in sessions.train),
+        name=config.algorithm.name,
+    )
+
+
+def _training_row(
+    config: NavigationRunConfig, algorithm: Any, result: dict[str, Any]
+) -> dict[str, Any]:
+    """What the last iteration says of runners and learner."""
+    learner = result.get("learners", {}).get("default_policy", {})
+    algorithm_config = config.algorithm
+    schedule = (
+        algorithm_config.epsilon_initial,
+        algorithm_config.epsilon_final,
+        algorithm_config.epsilon_steps,
+    )
+    return {
+        "train/episode_return": algorithm.mean_return,
+        "train/loss": learner.get("loss"),
+        "train/q_mean": learner.get("q_mean"),
+        "train/gradient_norm": learner.get("gradients_default_optimizer_global_norm"),
+        "train/learning_rate": learner.get("default_optimizer_learning_rate"),
+        "train/epsilon": linear_epsilon(schedule, algorithm.num_env_steps),
+        "train/num_updates": algorithm.num_updates,
+    }
+
+
+def _finish(run: RunDirectory, algorithm: Any) -> dict[str, Any]:
+    from ssl2rl_ray.algorithms.dqn import weights_hash
+
+    best = max(run.checkpoints, key=lambda entry: entry["value"])
+    summary = {
+        "num_env_steps": algorithm.num_env_steps,
+        "num_updates": algorithm.num_updates,
+        "best_validation_return": best["value"],
+        "best_num_env_steps": best["num_env_steps"],
+        "weights_hash": weights_hash(algorithm.network_state()),
+        "policy": "policy",
+    }
+    run.write_summary(summary)
+    return summary
+
+
+class _Clock:
+    """Env steps per second since the last look, without the looking."""
+
+    def __init__(self, num_env_steps: int) -> None:
+        self._begun = self._since = time.perf_counter()
+        self._num_env_steps = num_env_steps
+
+    def row(self, algorithm: Any) -> dict[str, float]:
+        now = time.perf_counter()
+        speed = (algorithm.num_env_steps - self._num_env_steps) / max(now - self._since, 1e-9)
+        return {"wall_s": now - self._begun, "train/env_steps_per_s": speed}
+
+    def restart(self, algorithm: Any) -> None:
+        self._since, self._num_env_steps = time.perf_counter(), algorithm.num_env_steps
+
+
+def _next_multiple(number: int, step: int) -> int:
+    return (number // step + 1) * step
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    parts = [f"{row['num_env_steps']:>9,} env steps"]
+    parts += [f"validation {row['validation/episode_return']:.1f}"]
+    if row.get("train/episode_return") is not None:
+        parts += [f"training {row['train/episode_return']:.1f}"]
+    if "train/env_steps_per_s" in row:
+        parts += [f"{row['train/env_steps_per_s']:,.0f} steps/s"]
+    print("  ".join(parts), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _ray(num_env_runners: int) -> Iterator[None]:
+    """A Ray of our own unless there is one; only what we started is shut down."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(
+        num_cpus=max(2, num_env_runners + 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C is noted, so that the step under way ends; the second one interrupts."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        print("interrupted: saving a checkpoint, then stopping", file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
