@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,17 @@ def _run(args: argparse.Namespace) -> None:
         args.resume_hint = shlex.join([*map(str, again), "--resume"])
         from ssl2rl_ray.train import train
 
-        summary = train(config, run)
+        with _Progress() as progress:
+            total = config.training.num_env_steps
+            bar = partial(_training_bar, progress, total) if progress.is_terminal else None
+            summary = train(config, run, progress=bar)
     _emit(args.json, summary, f"{folder}: done; `ssl2rl evaluate {folder} --data DIR` plays it")
+
+
+def _training_bar(progress: _Progress, total: int, row: dict[str, Any]) -> None:
+    """One validation of a run, on a terminal."""
+    found = f"training (validation {row['validation/episode_return']:.1f})"
+    progress("training", row["num_env_steps"] / total, found)
 
 
 def _new_run_dir(config: str) -> Path:
@@ -139,16 +149,15 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from envs.cryoem.types import NavigationConfig
     from ssl2rl_ray.data.commands import read_calibration
     from ssl2rl_ray.data.folder import read_dataset
-    from ssl2rl_ray.evaluate import contestant
+    from ssl2rl_ray.evaluate import contestant, rules_of
     from ssl2rl_ray.plan import as_json, draw, find_hole, make_plan, to_csv
 
     table = read_dataset(args.data).table
     brought = read_calibration(args.calibration) if args.calibration else None
     chosen = contestant(args.policy, brought)
-    config = NavigationConfig.preset(args.preset or chosen.preset, budget_min=args.budget_min)
+    _, config = rules_of(chosen, args.preset, args.budget_min)
     plan = make_plan(
         chosen.make,
         chosen.sees(table),
@@ -225,12 +234,17 @@ class _Progress:
             self._bars.start()
         return self
 
-    def __call__(self, what: str, share: float) -> None:
-        """``what`` is done to the share (0 to 1)."""
+    @property
+    def is_terminal(self) -> bool:
+        """True where bars are drawn."""
+        return self._bars is not None
+
+    def __call__(self, what: str, share: float, text: str | None = None) -> None:
+        """``what`` is done to the share (0 to 1); ``text`` says more than its name."""
         if self._bars is not None:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=1.0)
-            self._bars.update(self._tasks[what], completed=share)
+            self._bars.update(self._tasks[what], completed=share, description=text or what)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + self._SECONDS
             print(f"{what}: {share:.0%}", file=sys.stderr, flush=True)

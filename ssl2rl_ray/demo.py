@@ -6,15 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from envs.cryoem.render import draw_map
-from envs.cryoem.stack import SessionStack
 from ssl2rl_ray.config import NavigationRunConfig, from_dict, navigation_config
 from ssl2rl_ray.data.commands import import_synthetic_command
-from ssl2rl_ray.data.folder import Dataset, read_dataset
-from ssl2rl_ray.evaluate import contestant, evaluate, format_report, roll_out
+from ssl2rl_ray.data.folder import read_dataset
+from ssl2rl_ray.evaluate import contestant, draw_tour, evaluate, format_report
 from ssl2rl_ray.runs import RunDirectory
+from ssl2rl_ray.tensorboard import TensorBoard
 from ssl2rl_ray.train import train
 
 AGAINST = ("random", "predict-rank", "snowball", "rate-index", "lagrange", "oracle")
@@ -60,8 +57,8 @@ def demo(
         on_step: told what is under way and its share done.
 
     Returns:
-        ``report`` (the JSON of ``evaluate``) and the paths ``session``, ``run``, ``map``,
-        ``tensorboard``.
+        ``report`` (the JSON of ``evaluate``), the paths ``session``, ``run``, ``tensorboard``, and
+        ``image``, the map of the policy's tour (H, W, 3) uint8.
     """
     chosen = config(seed)
     session, folder = out / "session", out / "run"
@@ -72,7 +69,14 @@ def demo(
     )
     start = RunDirectory.resume if (folder / "manifest.json").exists() else RunDirectory.create
     with start(folder, chosen, argv=argv) as run:
-        train(chosen, run, on_progress=on_step)
+        total = chosen.training.num_env_steps
+        train(
+            chosen,
+            run,
+            progress=lambda row: (
+                on_step("training", row["num_env_steps"] / total) if on_step else None
+            ),
+        )
     rules = navigation_config(chosen.env)
     report = evaluate(
         str(folder),
@@ -85,7 +89,9 @@ def demo(
         against=AGAINST,
         on_step=on_step,
     )
-    image = _map(str(folder), dataset, chosen, seed)
+    image = draw_tour(contestant(str(folder)), dataset.table, rules, seed)
+    with TensorBoard(folder / "tensorboard") as board:
+        board.image("map", image, chosen.training.num_env_steps)
     return {
         "report": report,
         "session": str(session),
@@ -93,25 +99,6 @@ def demo(
         "tensorboard": str(folder / "tensorboard"),
         "image": image,
     }
-
-
-def _map(policy: str, dataset: Dataset, chosen: NavigationRunConfig, seed: int) -> np.ndarray:
-    """The trained policy's tour of the session, (H, W, 3) uint8."""
-    rules = navigation_config(chosen.env)
-    player = contestant(policy)
-    table = player.sees(dataset.table)
-    stack = SessionStack.of([table], rules)
-    start = np.array([int(np.argmax(table.p_low_ctf))])
-    episodes = roll_out(
-        player.make(stack, rules),
-        stack,
-        rules,
-        session=np.zeros(1, int),
-        start_hole=start,
-        rng=np.random.default_rng(seed),
-    )
-    order = episodes.visit_order[0]
-    return draw_map(table, rules, order[order >= 0])
 
 
 def format_result(result: dict[str, Any]) -> str:

@@ -5,8 +5,9 @@ Shape letters: E episodes, K sessions drawn afresh, N holes, M moves of the long
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from envs.cryoem.calibration import Calibration
 from envs.cryoem.env import CryoEMVectorEnv
 from envs.cryoem.knapsack import optimum
 from envs.cryoem.planners import NAMES, make_planner
+from envs.cryoem.render import draw_map
+from envs.cryoem.rewards import PRESETS
 from envs.cryoem.stack import Policy, SessionStack
 from envs.cryoem.synthetic import draw_session, redraw_labels
 from envs.cryoem.types import (
@@ -30,6 +33,7 @@ from envs.cryoem.types import (
 )
 from ssl2rl_ray.data.commands import read_calibration
 from ssl2rl_ray.data.folder import Dataset, read_dataset
+from ssl2rl_ray.runs import RunDirectory
 from ssl2rl_ray.stats import paired_difference, summarize
 
 SessionKind = Literal["redrawn", "synthetic"]
@@ -117,12 +121,39 @@ class Contestant:
     make: Callable[[SessionStack, NavigationConfig], Policy]
     calibration: Calibration | None
     """None: probabilities as imported."""
-    preset: Preset = "cryorl"
-    """Rules that it was trained under; planners take any."""
+    preset: Preset | None = "cryorl"
+    """Rules that it was trained under, None where they are no preset; planners take any."""
+    num_past_steps: int = 1
+    """Holes visited last that it must be shown."""
+    trained_on: tuple[str, ...] = ()
+    """``content_hash`` of the sessions, as it saw them, that it was trained on."""
 
     def sees(self, table: HoleTable) -> HoleTable:
         """The table with the probabilities that this policy acts on."""
         return self.calibration.apply(table) if self.calibration else table
+
+    def play(
+        self,
+        truths: Sequence[HoleTable],
+        config: NavigationConfig,
+        *,
+        session: IntArray,
+        start_hole: IntArray,
+        seed: int,
+        on_step: Callable[[float], None] | None = None,
+    ) -> Episodes:
+        """``roll_out`` on the sessions as this policy sees them, rewarded by their truth."""
+        stack = SessionStack.of([self.sees(truth) for truth in truths], config)
+        past = max(config.num_past_steps, self.num_past_steps)
+        return roll_out(
+            self.make(stack, config),
+            stack,
+            replace(config, num_past_steps=past),
+            session=session,
+            start_hole=start_hole,
+            rng=np.random.default_rng(seed),
+            on_step=on_step,
+        )
 
 
 def contestant(name: str, calibration: Calibration | None = None) -> Contestant:
@@ -131,7 +162,7 @@ def contestant(name: str, calibration: Calibration | None = None) -> Contestant:
     A trained policy brings its own calibration; ``calibration`` is for planners.
 
     Raises:
-        ValueError: neither a planner nor a folder with a policy in it.
+        ValueError: neither a planner nor a folder with a policy, or a policy that is damaged.
     """
     if name in NAMES:
         effects = calibration.effects if calibration else RandomEffects()
@@ -140,9 +171,59 @@ def contestant(name: str, calibration: Calibration | None = None) -> Contestant:
             make=lambda stack, config: make_planner(name, stack, config, effects),
             calibration=calibration,
         )
-    raise ValueError(
-        f"policy {name!r}: neither a planner ({', '.join(NAMES)}) nor a folder with a policy"
+    folder = _policy_folder(name)
+    from ssl2rl_ray.algorithms.policy import Artefact  # torch: only where it is needed
+
+    artefact = Artefact.load(folder)
+    return Contestant(
+        name=name,
+        make=artefact.make,
+        calibration=artefact.calibration,
+        preset=_preset_of(artefact.rules),
+        num_past_steps=artefact.rules.num_past_steps,
+        trained_on=artefact.table_hashes,
     )
+
+
+def _policy_folder(name: str) -> Path:
+    """The folder of the exported artefact."""
+    folder = Path(name)
+    if (folder / "policy.json").is_file():
+        return folder
+    if (folder / "manifest.json").is_file():
+        run = RunDirectory.open(folder)
+        if run.policy is None:
+            raise ValueError(f"{folder}: this run has no policy yet (status {run.status!r})")
+        return run.policy
+    near = difflib.get_close_matches(name, NAMES, n=1)
+    raise ValueError(
+        f"policy {name!r}: neither a planner ({', '.join(NAMES)}) nor a run directory nor an "
+        "exported policy" + (f"; did you mean {near[0]!r}?" if near else "")
+    )
+
+
+def rules_of(
+    chosen: Contestant, preset: Preset | None, budget_min: float
+) -> tuple[Preset, NavigationConfig]:
+    """The rules to play by: of ``preset``, else those that the policy was trained under.
+
+    Raises ValueError where neither is known.
+    """
+    if (preset := preset or chosen.preset) is None:
+        raise ValueError(f"{chosen.name} was trained under rules that are no preset: give --preset")
+    config = NavigationConfig.preset(preset, budget_min=budget_min)
+    past = max(config.num_past_steps, chosen.num_past_steps)
+    return preset, replace(config, num_past_steps=past)
+
+
+def _preset_of(rules: NavigationConfig) -> Preset | None:
+    """The preset with the minutes, rewards and threshold of these rules."""
+
+    def of(config: NavigationConfig) -> tuple[Any, ...]:
+        threshold = (config.low_ctf_threshold_A, config.is_threshold_inclusive)
+        return (config.minutes, config.reward, *threshold)
+
+    return next((name for name, config in PRESETS.items() if of(config) == of(rules)), None)
 
 
 def evaluate(
@@ -193,8 +274,7 @@ def evaluate(
     table = dataset.table
     brought = read_calibration(calibration) if calibration else None
     ours = contestant(policy, brought)
-    preset = preset or ours.preset
-    config = NavigationConfig.preset(preset, budget_min=budget_min)
+    preset, config = rules_of(ours, preset, budget_min)
     others = [contestant(name, brought or ours.calibration) for name in against]
     num_starts = num_episodes or (1 if num_sessions else 50)
     if num_sessions is None:
@@ -202,8 +282,8 @@ def evaluate(
         in_sample = {
             each.name: _is_in_sample(each, dataset, calibration) for each in (ours, *others)
         }
-        if any(in_sample.values()) and not allow_in_sample:
-            raise ValueError(_IN_SAMPLE.format(data=data))
+        if not allow_in_sample and (found := [name for name, has in in_sample.items() if has]):
+            raise ValueError(_IN_SAMPLE.format(name=found[0], data=data))
         start_hole = draw_starts(len(table), num_starts, seed)
     else:  # labels drawn afresh: no calibration has seen them
         in_sample = {}
@@ -217,14 +297,12 @@ def evaluate(
     best = optimum_of_each(truths, config, session, start_hole)
 
     def play(each: Contestant) -> dict[str, Any]:
-        stack = SessionStack.of([each.sees(truth) for truth in truths], config)
-        episodes = roll_out(
-            each.make(stack, config),
-            stack,
+        episodes = each.play(
+            truths,
             config,
             session=session,
             start_hole=start_hole,
-            rng=np.random.default_rng(seed),
+            seed=seed,
             on_step=partial(on_step, each.name) if on_step else None,
         )
         return {
@@ -289,6 +367,17 @@ def optimum_of_each(
     return best
 
 
+def draw_tour(
+    chosen: Contestant, table: HoleTable, config: NavigationConfig, seed: int
+) -> np.ndarray:
+    """The map (H, W, 3) uint8 with the policy's tour from the best prediction."""
+    seen = chosen.sees(table)
+    start = np.array([int(np.argmax(seen.p_low_ctf))])
+    episodes = chosen.play([seen], config, session=np.zeros(1, int), start_hole=start, seed=seed)
+    order = episodes.visit_order[0]
+    return draw_map(seen, config, order[order >= 0])
+
+
 def _with_truth(dataset: Dataset) -> HoleTable:
     """The table rewarded by the truth everywhere."""
     is_measured = np.isfinite(dataset.table.ctf_max_resolution_A)
@@ -302,21 +391,23 @@ def _with_truth(dataset: Dataset) -> HoleTable:
 
 
 _IN_SAMPLE = (
-    "the calibration was fitted on labels of the session that is evaluated ({data}), which nobody "
-    "at the microscope could have done; bring one from another session with --calibration "
-    "TRAIN_DIR, or say --allow-in-sample and have that recorded"
+    "{name}: the calibration (or the training) has seen labels of the session that is evaluated, "
+    "{data}, which nobody at the microscope could have done; bring a calibration or a policy from "
+    "another session (--calibration TRAIN_DIR), or say --allow-in-sample and have that recorded"
 )
 
 
 def _is_in_sample(each: Contestant, dataset: Dataset, folder: str | Path | None) -> bool:
-    """True where a calibration has seen labels of the session.
+    """True where a calibration, or the training, has seen labels of the session.
 
-    A policy's is known by the hash of what it was fitted on. That of a ``folder`` is compared hole
-    by hole, so that a part of the session, or another import of it, is found out too.
+    A policy's are known by hashes. The calibration of a ``folder`` is compared hole by hole, so
+    that a part of the session, or another import of it, is found out too.
     """
     if each.calibration is None:
         return False
     if each.calibration.fitted_on == dataset.table.content_hash:
+        return True
+    if each.sees(dataset.table).content_hash in each.trained_on:
         return True
     if folder is None:
         return False
