@@ -10,7 +10,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import math
 import os
 import re
 import reprlib
@@ -273,10 +272,18 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that ``_Loader`` takes for numbers; writes no aliases."""
+    """Quotes the texts that ``_Loader`` takes for numbers or folds; writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+_Dumper.add_representer(  # single quotes fold line breaks, of which Unicode has several
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, None if text.isprintable() else '"'
+    ),
+)
 
 
 for _class in (_Loader, _Dumper):
@@ -354,7 +361,7 @@ def _build(cls: type[Any], values: Any, path: str, problems: list[str]) -> Any:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
             hint = f"did you mean {_join(path, near[0])}?" if near else f"it has {_words(hints)}"
-            problems.append(f"{reprlib.repr(where)[1:-1]}: unknown key; {hint}")
+            problems.append(f"{_REPR.repr(where)[1:-1]}: unknown key; {hint}")
         elif dataclasses.is_dataclass(hints[key]):
             # `env:` with everything below it commented out is an empty section
             found[key] = _build(hints[key], {} if value is None else value, where, problems)
@@ -386,7 +393,7 @@ def _convert(hint: Any, value: Any) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int and is_number and math.isfinite(value) and value == int(value):
+    if hint is int and is_number and abs(value) < 2**63 and value == int(value):
         return int(value)  # 2e5 is a whole number too
     if hint is float and is_number and abs(value) < 1e300:  # no nan, no inf, no endless integers
         return float(value)
@@ -421,9 +428,14 @@ def _words(names: Any) -> str:
     return ", ".join(str(name) for name in names)
 
 
+# YAML aliases can make a value of endless length: few items, few levels
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring = 3, 3, 3, 60
+
+
 def _show(value: Any) -> str:
     kind = {dict: "a section", list: "a list", str: "text", type(None): "nothing"}.get(type(value))
-    shown = reprlib.repr(value)  # bounded: YAML aliases can make a value of endless length
+    shown = _REPR.repr(value)
     return kind or shown if value is None else f"{kind} {shown}" if kind else shown
 
 
