@@ -616,3 +616,38 @@ def test_map_of_an_untouched_session_and_of_a_whole_tour() -> None:
     toured = draw_map(toy(), PAPER, np.arange(9), title="a tour", width_px=700)
     assert plain.shape[1:] == toured.shape[1:] == (700, 3)
     assert "low-CTF 4.0" in describe(toy(), PAPER, np.arange(9), elapsed_min=51, budget_min=60)
+
+
+# ---- RLlib -------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_rllib_env_runner_plays_it_unwrapped() -> None:
+    """The stock runner takes the vector env as it is and cuts it into whole episodes."""
+    from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+    from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+
+    table = random_table(np.random.default_rng(0), 2000)
+    config = dataclasses.replace(PAPER, budget_min=30.0)
+    algorithm = (
+        AlgorithmConfig()
+        .environment(env=lambda context: CryoEMVectorEnv([table], config, context["num_envs"]))
+        .env_runners(num_envs_per_env_runner=8, gym_env_vectorize_mode="vector_entry_point")
+        .debugging(seed=3)
+    )
+    runner = SingleAgentEnvRunner(config=algorithm, worker_index=0)
+    assert isinstance(runner.env.unwrapped, CryoEMVectorEnv)
+    # Its random actions know no mask: with this seed they meet no visited hole.
+    runner.env.action_space.seed(0)
+    episodes = runner.sample(num_timesteps=160, random_actions=True)
+    runner.stop()
+    assert sum(len(episode) for episode in episodes) >= 160
+    assert any(episode.is_terminated for episode in episodes)
+    for episode in episodes:
+        elapsed = np.array([info["elapsed_min"] for info in episode.get_infos()])
+        assert elapsed[0] == 0
+        assert (np.diff(elapsed) > 0).all()
+        assert episode.is_terminated == (elapsed[-1] > 30)
+        assert (elapsed[:-1] <= 30).all()
+        observed = episode.get_observations()["elapsed_min"][:, 0]
+        np.testing.assert_array_equal(observed, elapsed)

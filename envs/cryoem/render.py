@@ -10,7 +10,7 @@ from envs.cryoem.rewards import outcome
 from envs.cryoem.types import FloatArray, HoleTable, IntArray, NavigationConfig
 
 # Sizes of the floor plan in sides of a patch: space between boxes, and above them for their name.
-_PATCH_GAP, _SQUARE_GAP, _GRID_GAP = 0.22, 0.2, 0.35
+_PATCH_GAP, _SQUARE_GAP, _GRID_GAP = 0.3, 0.25, 0.4
 _SQUARE_HEADER, _GRID_HEADER = 0.38, 0.35
 _LOW, _HIGH, _UNKNOWN = "#12a150", "#d6322c", "#8f8f8f"
 
