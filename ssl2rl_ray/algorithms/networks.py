@@ -58,11 +58,12 @@ class CandidateNetwork(nn.Module):
             raise ValueError("hidden_sizes: at least one hidden layer is needed")
         self.prior_column = prior_column
         self.body = nn.Sequential(*mlp((num_features, *hidden_sizes), 1)[:-1])
-        self.advantage = nn.Linear(hidden_sizes[-1], 1)
+        # Centring cancels a constant: under dueling the advantage needs no bias.
+        self.advantage = nn.Linear(hidden_sizes[-1], 1, bias=not is_dueling)
         self.value = mlp((hidden_sizes[-1], hidden_sizes[-1]), 1) if is_dueling else None
         if prior_column is not None:
-            nn.init.zeros_(self.advantage.weight)
-            nn.init.zeros_(self.advantage.bias)
+            for parameter in self.advantage.parameters():
+                nn.init.zeros_(parameter)
             self.prior_scale = nn.Parameter(torch.tensor(prior_scale))
 
     def expand(self, observation: Observation) -> Observation:
