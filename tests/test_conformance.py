@@ -85,9 +85,9 @@ def test_rewards_minutes_done_and_masks_are_exact(mode: str) -> None:
             (reward, info["elapsed_min"], terminated),
             (rewards[1], infos["elapsed_min"][1], terminateds[1]),
         ):
-            assert got == pytest.approx(
-                run["rewards"][step - 1], abs=0 if mode in "reg_pred cat_pred cat_gt" else 1e-14
-            )
+            # Exact; an exponential may differ in its last bit between maths libraries.
+            last_bit = 1e-15 if config.reward_rule == "dynamic" else 0
+            assert abs(got - run["rewards"][step - 1]) <= last_bit
             assert minutes == run["cum_time"][step - 1]
             assert is_done == run["done"][step - 1]
         assert not truncated
