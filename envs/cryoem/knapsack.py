@@ -14,16 +14,18 @@ apart, in one of these ways, each a row of states below:
 - in the patch of the hole before it, which is the last patch of its square (level 0);
 - in a fresh patch of the last square (level 1), of the last grid (level 2), of any grid (level 3).
 
-A group can come last if it is not the first of its parent's run, or the only one in it. The start's
-grid is first; to make it last another grid level toll is paid, by some hole of a square that was
-not visited before ("second run"). No other return pays where minutes and rewards are monotone and
+A group can come last if it is not the first of its parent's run, or the only one in it. The
+start's grid is first; to make it last another grid level toll is paid, by some hole of a square
+that was not visited before ("second run"). No other return pays where
 
     2 m_patch <= m_square + m_hole   and   m_patch + m_square <= m_grid + m_hole
 
-(``is_exact_for``; true of ``paper`` and ``cryorl``): inserting h into the earlier run costs no more
-than the toll of the return, and the hole before it becomes the free one. Elsewhere (``leginon-2021``
-misses both) the result is the best tour of this form, a lower bound; ``tests/test_knapsack.py``
-compares with every possible tour.
+(``is_exact_for``; true of ``paper`` and ``cryorl``): to put h into the earlier run costs no more
+minutes than the toll of the return, and the hole visited before h becomes the free one. Elsewhere
+(``leginon-2021`` misses both) the result is the best tour of this form. It is short of the optimum
+by at most (r_hole - r_grid) times the largest value, whatever the size of the session: join the
+runs, which saves minutes, and reach h at grid level. ``tests/test_knapsack.py`` compares with every
+possible tour of small sessions.
 """
 
 from __future__ import annotations
@@ -36,24 +38,26 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from envs.cryoem.rewards import switch_level
+from envs.cryoem.rewards import outcome, switch_level
 from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray, NavigationConfig
 
 # Rows of the state matrix (num_rows, minutes + 1). A trailing 0 or 1: the last hole is not yet, is
 # chosen. Entries are the best value within so many minutes; -inf where there is no such tour.
-_ROWS = (
-    # Between grids, and between squares of one grid.
-    "o "  # nothing visited: zero for ever
-    "n0 n1 "  # this grid has no run (start's grid: no second run)
-    "p0 p1 "  # its run has squares, but the first square is still to come
-    "q0 q1 "  # its run has its first square; or it is the start's grid and the only one
-    # Within a square: its run's first patch is to come (a), was entered at square level (b) or at
-    # grid level (c, it is the first square). Second letter: the grid's row outside this square.
-    "an0 an1 bn0 bn1 ap0 ap1 bp0 bp1 aq0 aq1 bq0 bq1 c0 c1 "
-    "hap hbp haq hbq "  # the same, and the last hole lies in this square, which comes last
-    "za zc zha zhc "  # this square is the only one of its grid's run, and comes last
-    "s0 s1"  # the start's square is the only one visited
-).split()
+# Between grids, and between squares of one grid:
+#   o  nothing visited: zero for ever
+#   n  this grid has no run (the start's grid: no second run)
+#   p  its run has squares, but the first square is still to come
+#   q  its run has its first square; or it is the start's grid and the only one
+# Within a square (second letter: the grid's row outside it), its run's first patch
+#   a  is still to come, b  was entered at square level, c  at grid level (the grid's first square)
+#   ha, hb  the same, and the last hole lies in this square, which comes last
+#   za, zc, zha, zhc  the same, this square being the only one of its grid's run, and the last
+#   s  the start's square is the only one visited
+_ROWS: tuple[str, ...] = (
+    *("o", "n0", "n1", "p0", "p1", "q0", "q1"),
+    *("an0", "an1", "bn0", "bn1", "ap0", "ap1", "bp0", "bp1", "aq0", "aq1", "bq0", "bq1"),
+    *("c0", "c1", "hap", "hbp", "haq", "hbq", "za", "zc", "zha", "zhc", "s0", "s1"),
+)
 _ROW = {name: row for row, name in enumerate(_ROWS)}
 
 
@@ -221,8 +225,6 @@ def optimum(
         ValueError: as ``best_tour``.
     """
     if value is None:
-        from envs.cryoem.rewards import outcome
-
         value = outcome(table, config)
     problem = _Problem(table, value, config, budget_min)
     starts = [problem.start(int(hole)) for hole in start_holes]
@@ -266,19 +268,15 @@ class _Problem:
             raise ValueError(f"rewards must fall with the level to >= 0, found {config.reward}")
         budget_min = config.budget_min if budget_min is None else budget_min
         self.cost, self.horizon = _integer_minutes(config.minutes, budget_min)
-        whole = _Problem._whole(table, self.cost)
-        self.horizon = min(self.horizon, whole)
+        # No tour takes longer than a visit of everything, with a second run of the start's grid.
+        groups = (len(table), len(table.patch_name), len(table.square_name))
+        num_moves = (*groups, len(table.grid_name) + 1)
+        self.horizon = min(self.horizon, int(np.dot(self.cost, num_moves)))
         by_value = np.lexsort((np.arange(len(table)), -self.value))
         by_patch = by_value[np.argsort(table.patch_id[by_value], kind="stable")]
         self.holes = np.split(by_patch, np.cumsum(np.bincount(table.patch_id))[:-1])
         self.patches = _children(table.patch_square, len(table.square_name))
         self.squares = _children(table.square_grid, len(table.grid_name))
-
-    @staticmethod
-    def _whole(table: HoleTable, cost: Sequence[int]) -> int:
-        """Units that a visit of everything takes, with a second run of the start's grid."""
-        sizes = (len(table.grid_name) + 1, len(table.square_name), len(table.patch_name))
-        return cost[3] * sizes[0] + cost[2] * sizes[1] + cost[1] * sizes[2] + cost[0] * len(table)
 
     def initial(self) -> FloatArray:
         """(num_rows, horizon + 1): nothing visited, no minute used."""
@@ -319,7 +317,7 @@ class _Problem:
         return [opening, *inside, _CLOSE_SQUARE]
 
     def chosen(self, patch: int, without: int = -1) -> IntArray:
-        """The patch's holes that can matter, best first: of the worthless ones, one for the toll."""
+        """The patch's holes that can matter, best first; of the worthless ones one, for a toll."""
         holes = self.holes[patch]
         holes = holes[holes != without]
         return holes[: int((self.value[holes] > 0).sum()) + 1]
@@ -457,56 +455,48 @@ def _order(
 ) -> IntArray:
     """The visits in order: first groups first, the last hole last, free choices best first."""
     grid, square, patch, _ = problem.start(start_hole)
-    patch_square, square_grid = table.patch_square, table.square_grid
-    last, last_level = None, 3
-    first_patches: set[int] = set()
+    patch_square, square_grid = table.patch_square.tolist(), table.square_grid.tolist()
     pieces: dict[int, IntArray] = {}
-    for decision in decisions:
-        p, level = decision.patch, int(decision.label[1])
-        holes = problem.chosen(p, start_hole)[: decision.num_holes]
-        if level >= 1:  # the least hole pays the way in
-            holes = np.r_[holes[-1:], holes[:-1]]
-        if decision.label[0] in "TJ":
-            last, holes = holes[-1], holes[:-1]
-            last_level = 0 if len(holes) or level == 0 else level
-            last_patch = p
+    first_patches, first_squares = {patch}, {square}  # the beginning of a run lies there
+    last_hole: list[int] = []
+    last_patch = last_square = last_grid = -1
+    for p, label, num_holes in decisions:
+        kind, level = label[0], int(label[1])
+        holes = problem.chosen(p, start_hole)[:num_holes]
+        if level > 0:  # the least hole pays the way in
+            holes = np.roll(holes, 1)
+        if kind in "TJ":
+            last_hole, holes = [int(holes[-1])], holes[:-1]
+            level_of_last = 0 if len(holes) else level
+            last_patch = p if level_of_last == 0 else -1
+            last_square = patch_square[p] if level_of_last <= 1 else -1
+            last_grid = square_grid[patch_square[p]] if level_of_last <= 2 else -1
         if len(holes):
             pieces[p] = holes
             if level >= 2:
                 first_patches.add(p)
-    first_squares = {
-        int(patch_square[d.patch]) for d in decisions if d.label[1] == "3" and d.patch in pieces
-    }
-    last_groups = (-1, -1, -1)
-    if last is not None:
-        parents = (last_patch, patch_square[last_patch], square_grid[patch_square[last_patch]])
-        last_groups = tuple(
-            int(group) if last_level <= level else -1 for level, group in enumerate(parents)
-        )
-    mean = {
-        level: np.bincount(ids, problem.value) / np.bincount(ids)
-        for level, ids in (("g", table.grid_id), ("s", table.square_id), ("p", table.patch_id))
-    }
-    has_second_run = any(square_grid[s] == grid for s in first_squares)
+            if level == 3:
+                first_squares.add(patch_square[p])
+    # The start's grid has a second run where one of its squares was entered from another grid.
+    second_run = first_squares & set(problem.squares[grid]) - {square}
+    if second_run:
+        second_run.add(last_square)
+    mean = [
+        (np.bincount(ids, problem.value) / np.bincount(ids)).tolist()
+        for ids in (table.grid_id, table.square_id, table.patch_id)
+    ]
 
     def key(p: int) -> tuple[float, ...]:
-        s = int(patch_square[p])
-        g = int(square_grid[s])
-        is_second_run = has_second_run and (s in first_squares or s == last_groups[1])
-        run = 0 if g == grid and not is_second_run else 2 if g in (grid, last_groups[2]) else 1
+        s = patch_square[p]
+        g = square_grid[s]
+        run = 0 if g == grid and s not in second_run else 2 if g in (grid, last_grid) else 1
+        square_place = 0 if s in first_squares else 2 if s == last_square else 1
+        patch_place = 0 if p in first_patches else 2 if p == last_patch else 1
         return (
-            run,
-            -mean["g"][g],
-            g,
-            0 if s == square or s in first_squares else 2 if s == last_groups[1] else 1,
-            -mean["s"][s],
-            s,
-            0 if p == patch or p in first_patches else 2 if p == last_groups[0] else 1,
-            -mean["p"][p],
-            p,
+            *(run, -mean[0][g], g),
+            *(square_place, -mean[1][s], s),
+            *(patch_place, -mean[2][p], p),
         )
 
-    order = [pieces[p] for p in sorted(pieces, key=key)]
-    if last is not None:
-        order.append(np.array([last]))
-    return np.concatenate(order).astype(np.int64) if order else np.zeros(0, np.int64)
+    tour = [pieces[p] for p in sorted(pieces, key=key)]
+    return np.concatenate([*tour, last_hole]).astype(np.int64)
