@@ -206,6 +206,8 @@ def test_refusals_name_what_is_wrong_and_move_nothing() -> None:
         vector.step(np.array([1, 1, 1]))
     with pytest.raises(ValueError, match="one integer for each"):
         vector.step(np.array([0.5, 1]))
+    with pytest.raises(ValueError, match="found float64"):
+        single.step(0.5)  # type: ignore[arg-type]
     for options, message in (
         ({"begin": 1}, "begin"),
         ({"start_hole": 9}, "start_hole: 9"),

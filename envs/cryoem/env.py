@@ -145,7 +145,7 @@ class CryoEMVectorEnv(VectorEnv[Observation, IntArray, np.ndarray]):
             ValueError: naming the first episode whose action leads nowhere, out of range, or to a
                 visited hole; no episode has moved then.
         """
-        return self.step_holes(self._holes(np.asarray(actions)))
+        return self.step_holes(self._holes(self._integers(actions)))
 
     def step_holes(
         self, holes: IntArray
@@ -153,13 +153,14 @@ class CryoEMVectorEnv(VectorEnv[Observation, IntArray, np.ndarray]):
         """``step`` by holes (E,), whatever the action level, so that any ``Policy`` can drive."""
         if self._generators is None:
             raise gym.error.ResetNeeded("call reset() before the first step")
+        holes = self._integers(holes)
         reward, terminated = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
         if not self._is_done.any():
-            reward, terminated = self._move(self._all, np.asarray(holes))
+            reward, terminated = self._move(self._all, holes)
             self._is_done = terminated
         else:
             rows = np.flatnonzero(~self._is_done)
-            reward[rows], terminated[rows] = self._move(rows, np.asarray(holes)[rows])
+            reward[rows], terminated[rows] = self._move(rows, holes[rows])
             self._begin(np.flatnonzero(self._is_done), {})
             self._is_done = terminated
         return (
@@ -325,11 +326,6 @@ class CryoEMVectorEnv(VectorEnv[Observation, IntArray, np.ndarray]):
     def _check(self, rows: IntArray, session: IntArray, holes: IntArray) -> None:
         """Raises ValueError for the first hole that cannot be visited."""
         num_holes = self.stack.num_holes[session]
-        if holes.shape != rows.shape or holes.dtype.kind not in "iu":
-            raise ValueError(
-                f"actions: one integer for each of {self.num_envs} episodes, "
-                f"found {holes.dtype} of shape {holes.shape}"
-            )
         if (outside := (holes < 0) | (holes >= num_holes)).any():
             at = int(outside.argmax())
             raise ValueError(
@@ -343,6 +339,16 @@ class CryoEMVectorEnv(VectorEnv[Observation, IntArray, np.ndarray]):
                 f"episode {rows[at]}: hole {holes[at]} was visited at step {step}"
                 f"{' (the start)' if step == 0 else ''}; see action_mask()"
             )
+
+    def _integers(self, actions: IntArray) -> IntArray:
+        """(E,) the actions as an array; raises ValueError where they are something else."""
+        actions = np.asarray(actions)
+        if actions.shape != (self.num_envs,) or actions.dtype.kind not in "iu":
+            raise ValueError(
+                f"actions: one integer for each of {self.num_envs} episodes, "
+                f"found {actions.dtype} of shape {actions.shape}"
+            )
+        return actions
 
     def _holes(self, actions: IntArray) -> IntArray:
         """(E,) the holes that actions (E,) lead to."""
@@ -557,7 +563,9 @@ class CryoEMNavigationEnv(gym.Env[Observation, int]):
             raise gym.error.ResetNeeded("call reset() before the first step")
         if vector._is_done.item(0):
             raise ValueError("the episode is over: call reset()")
-        reward, terminated = vector._move_one(vector._holes(np.array([action])).item())
+        reward, terminated = vector._move_one(
+            vector._holes(vector._integers(np.array([action]))).item()
+        )
         vector._is_done[0] = terminated
         observation, info = vector._observe(), vector._info()
         return _first(observation), reward, terminated, False, _first_info(info)
