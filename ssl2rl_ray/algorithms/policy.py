@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -95,7 +96,7 @@ class Artefact:
                 table_hashes=tuple(description["table_hashes"]),
                 name=description["name"],
             )
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ArtefactError(f"{folder}: the policy is damaged: {error}") from error
 
     def make(self, stack: SessionStack, rules: NavigationConfig | None = None) -> TorchPolicy:

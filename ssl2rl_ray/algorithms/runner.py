@@ -36,6 +36,16 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
         self._observation: dict[str, np.ndarray] | None = None
         self._needs_initial_reset = True
 
+    def make_module(self) -> None:
+        """Makes the network; asserts that its tables are those of the env."""
+        super().make_module()
+        tables = getattr(getattr(self.module, "network", None), "expander", None)
+        if tables is not None and (stack := getattr(self.env, "stack", None)) is not None:
+            hashes = tuple(str(value) for value in stack.table_hash)
+            assert tables.table_hash == hashes, (
+                "the network's tables and the env's sessions differ: make both from one stack"
+            )
+
     def sample(
         self,
         *,
