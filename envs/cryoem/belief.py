@@ -165,7 +165,9 @@ def believe(
     scale = 1 / np.sqrt(1 + np.pi / 8 * variance)
     slot_visited = visited[np.arange(num_episodes)[:, None, None], layout.slot_hole]
     is_left = (layout.slot_hole >= 0) & ~slot_visited
-    logit = (layout.base + shift[..., None].astype(np.float32)) * scale[..., None].astype(np.float32)
+    logit = (layout.base + shift[..., None].astype(np.float32)) * scale[..., None].astype(
+        np.float32
+    )
     p = np.where(is_left, 1 / (1 + np.exp(-logit)), np.float32(0))
     return Belief(
         p=p,

@@ -1,7 +1,7 @@
 """Planners: what a user would pick instead of RL, all acting through the policy interface.
 
-Each is a function from (layout, belief inputs) to the next hole of E episodes at once; shape letters
-as in ``stack``. NAV_NOTES-style names are the public ones: see ``PLANNERS``.
+Each is a function from a ``Situation`` to the next hole of E episodes at once; shape letters as in
+``stack``. ``make_planner`` knows them by name.
 """
 
 from __future__ import annotations
@@ -13,9 +13,17 @@ import numpy as np
 
 from envs.cryoem import belief
 from envs.cryoem.belief import Layout, Place, Sorted
+from envs.cryoem.knapsack import best_tour
 from envs.cryoem.rates import PRIOR_COLUMN, candidate_rows
-from envs.cryoem.stack import Observation, SessionStack, unpack_visited
-from envs.cryoem.types import BoolArray, FloatArray, IntArray, NavigationConfig, RandomEffects
+from envs.cryoem.stack import Observation, Policy, SessionStack, unpack_visited
+from envs.cryoem.types import (
+    BoolArray,
+    FloatArray,
+    HoleTable,
+    IntArray,
+    NavigationConfig,
+    RandomEffects,
+)
 
 _RATE_BISECTIONS = 14
 
@@ -123,7 +131,9 @@ def rate_index(now: Situation, *, is_adaptive: bool = False) -> IntArray:
     patch = np.stack(targets, 1)[row, level]
     p = believed.p[row, patch]
     cost = np.stack(rates, 1).max(1) * config.minutes[0]
-    forgone = np.where((level == 0)[:, None], 0, np.maximum(config.reward[0] * p - cost[:, None], 0))
+    forgone = np.where(
+        (level == 0)[:, None], 0, np.maximum(config.reward[0] * p - cost[:, None], 0)
+    )
     reward = np.array(config.reward)[level]
     slot = np.where(p > 0, reward[:, None] * p - forgone, -np.inf).argmax(1)
     return layout.slot_hole[row, patch, slot]
@@ -170,7 +180,7 @@ NAMES = (*PLANNERS, *TOURS)
 
 @dataclass(eq=False)
 class Planner:
-    """A planner as a ``Policy`` on the sessions of a stack."""
+    """One of ``PLANNERS`` as a ``Policy`` on the sessions of a stack."""
 
     name: str
     stack: SessionStack
@@ -184,12 +194,11 @@ class Planner:
         key = session.tobytes()
         if self._layout is None or self._layout[0] != key:
             self._layout = key, Layout.of(self.stack, session, self.effects)
-        visited = unpack_visited(observation, self.stack.p_low_ctf.shape[1])
         return PLANNERS[self.name](
             Situation(
                 stack=self.stack,
                 session=session,
-                visited=visited,
+                visited=unpack_visited(observation, self.stack.p_low_ctf.shape[1]),
                 current=observation["recent"][:, 0],
                 minutes_left=self.config.budget_min - observation["elapsed_min"][:, 0],
                 config=self.config,
@@ -198,3 +207,74 @@ class Planner:
                 rng=rng,
             )
         )
+
+
+@dataclass(eq=False)
+class Tour:
+    """A plan made at the start and followed to the end, as a ``Policy``.
+
+    ``knapsack``: the best tour if every hole were worth its probability (open loop). ``oracle``:
+    the exact optimum on the true labels, which no policy may know.
+    """
+
+    name: str
+    stack: SessionStack
+    config: NavigationConfig
+    _order: dict[tuple[int, int], IntArray] = field(default_factory=dict)
+    _start: IntArray | None = None
+
+    def act(self, observation: Observation, rng: np.random.Generator) -> IntArray:
+        """(E,) the next hole of each tour; past its end the most probable hole that is left.
+
+        Raises:
+            ValueError: an episode that was not followed from its first move.
+        """
+        session = observation["session"][:, 0]
+        visited = unpack_visited(observation, self.stack.p_low_ctf.shape[1])
+        current = observation["recent"][:, 0]
+        is_new = visited.sum(1) == 1
+        if self._start is None or len(self._start) != len(current):
+            if not is_new.all():
+                raise ValueError(f"{self.name} plans at the start: begin with a new session")
+            self._start = current.copy()
+        self._start = np.where(is_new, current, self._start)
+        rank = np.full(visited.shape, np.inf)
+        for episode, (row, start) in enumerate(zip(session, self._start, strict=True)):
+            key = (int(row), int(start))
+            if key not in self._order:
+                self._order[key] = self._plan(*key)
+            order = self._order[key]
+            rank[episode, order] = np.arange(len(order))
+        rank[visited] = np.inf
+        exists = np.arange(visited.shape[1]) < self.stack.num_holes[session][:, None]
+        p = np.where(exists & ~visited, self.stack.p_low_ctf[session], -1)
+        return np.where(np.isfinite(rank).any(1), rank.argmin(1), p.argmax(1))
+
+    def _plan(self, row: int, start: int) -> IntArray:
+        count = self.stack.num_holes[row]
+        values = self.stack.value if self.name == "oracle" else self.stack.p_low_ctf
+        table = HoleTable.from_names(
+            hole_name=np.arange(count).astype(str),
+            grid=self.stack.grid_id[row, :count].astype(str),
+            square=self.stack.square_id[row, :count].astype(str),
+            patch=self.stack.patch_id[row, :count].astype(str),
+        )
+        return best_tour(table, values[row, :count].astype(float), self.config, start)[0]
+
+
+def make_planner(
+    name: str,
+    stack: SessionStack,
+    config: NavigationConfig,
+    effects: RandomEffects | None = None,
+) -> Policy:
+    """The planner of that name on the sessions of a stack.
+
+    Raises:
+        ValueError: no such planner; the message lists them.
+    """
+    if name in TOURS:
+        return Tour(name, stack, config)
+    if name not in PLANNERS:
+        raise ValueError(f"planner: {name!r} is not one of {NAMES}")
+    return Planner(name, stack, config, effects or RandomEffects())
