@@ -264,7 +264,7 @@ class DQN(rllib_dqn.DQN):
         here, there = learner["rl_module"][DEFAULT_MODULE_ID], state["module"]
         shapes = [{k: np.shape(v) for k, v in weights.items()} for weights in (here, there)]
         if shapes[0] != shapes[1]:
-            differing = sorted(k for k, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
+            differing = sorted({k for k, _ in set(shapes[0].items()) ^ set(shapes[1].items())})
             raise ValueError(
                 f"checkpoint is of another network: {differing[:4]} differ; resume with the "
                 "config that the run was started with"
