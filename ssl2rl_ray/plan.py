@@ -60,7 +60,9 @@ class Plan:
     @property
     def cumulative_min(self) -> FloatArray:
         """(M + 1,) minutes after each hole; never above the budget."""
-        return np.concatenate([[0.0], np.cumsum(np.array(self.config.minutes)[self.switch])])
+        # From counts, as the environment does: the same minutes whatever the order of the moves.
+        counts = np.cumsum(np.eye(4)[self.switch], axis=0)
+        return np.concatenate([[0.0], counts @ self.config.minutes])
 
     @property
     def expected_low_ctf(self) -> float:
@@ -114,7 +116,7 @@ def make_plan(
     visited[start_hole] = True
     if visited.all():
         raise ValueError("nothing to plan: every hole of this session is imaged already")
-    hole, switch, elapsed_min = [start_hole], [], 0.0
+    hole, switch, elapsed_min, counts = [start_hole], [], 0.0, np.zeros(4)
     while not visited.all():
         recent = np.full(config.num_past_steps, -1, np.int32)
         last = hole[::-1][: config.num_past_steps]
@@ -127,9 +129,10 @@ def make_plan(
         }
         target = int(policy.act(observation, rng)[0])
         level = _switch(table, hole[-1], target)
-        if elapsed_min + config.minutes[level] > config.budget_min:
+        counts[level] += 1
+        elapsed_min = float(counts @ config.minutes)
+        if elapsed_min > config.budget_min:
             break
-        elapsed_min += config.minutes[level]
         visited[target] = True
         hole.append(target)
         switch.append(level)

@@ -1,0 +1,43 @@
+"""Every file in tune_configs is valid; the demonstration's says what the command trains."""
+
+from pathlib import Path
+
+import pytest
+
+from ssl2rl_ray.config import load_config, navigation_config, to_yaml
+
+FOLDER = Path(__file__).parents[1] / "tune_configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def test_there_are_configs():
+    assert {path.stem for path in FILES} >= {
+        "demo",
+        "navigation_dqn",
+        "navigation_dqn_paper",
+        "smoke",
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_survives_a_round_trip(path, tmp_path):
+    config = load_config(path)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    navigation_config(config.env)
+
+
+def test_the_accepted_figures_are_trained_under_the_rules_they_are_measured_under():
+    rules = navigation_config(load_config(FOLDER / "navigation_dqn.yaml").env)
+    assert (rules.budget_min, rules.minutes) == (480, (1, 2, 6, 8))
+    assert rules.feature_set == "rates"
+    paper = navigation_config(load_config(FOLDER / "navigation_dqn_paper.yaml").env)
+    assert (paper.budget_min, paper.minutes) == (480, (1, 2, 6, 8))
+    assert (paper.feature_set, paper.action_level) == ("paper", "hole")
+
+
+@pytest.mark.ray
+def test_the_demonstration_trains_its_config():
+    from ssl2rl_ray.demo import config
+
+    assert config(0) == load_config(FOLDER / "demo.yaml")
