@@ -4,10 +4,16 @@ Mnih et al. 2015 (doi:10.1038/nature14236) with double Q-learning, n-step return
 minute, and prioritised replay. ``build`` makes the algorithm from our config.
 """
 
+# RLlib's annotations say None where a built object has a value, and more of the kind:
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
+# pyright: reportIncompatibleMethodOverride=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import ast
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -131,7 +137,8 @@ class DQN(rllib_dqn.DQN):
         recipe = self.config.recipe
         self.replay = Replay(
             capacity=recipe.buffer_capacity,
-            num_streams=max(1, self.config.num_env_runners) * self.config.num_envs_per_env_runner,
+            num_streams=max(1, int(self.config.num_env_runners or 0))
+            * int(self.config.num_envs_per_env_runner),
             n_step=recipe.n_step,
             discount_per_min=recipe.discount_per_min,
             is_prioritized=recipe.is_prioritized,
@@ -152,13 +159,14 @@ class DQN(rllib_dqn.DQN):
         """One fragment from every runner, then the updates that are due for it."""
         recipe = self.config.recipe
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-            fragments, results = synchronous_parallel_sample(
+            sampled: Any = synchronous_parallel_sample(
                 worker_set=self.env_runner_group,
                 concat=False,
                 sample_timeout_s=self.config.sample_timeout_s,
                 _uses_new_env_runners=True,
                 _return_metrics=True,
             )
+            fragments, results = sampled
             if not fragments:
                 return
             self.metrics.aggregate(results, key=ENV_RUNNER_RESULTS)
@@ -344,6 +352,7 @@ def build(
     learning_rate = [[0, config.learning_rate]]
     if config.final_learning_rate != config.learning_rate:
         learning_rate.append([training.num_env_steps, config.final_learning_rate])
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)  # it greets with a paragraph
     rllib = NavigationDQNConfig()
     rllib.api_stack(enable_rl_module_and_learner=True, enable_env_runner_and_connector_v2=True)
     rllib.recipe = config
@@ -381,7 +390,9 @@ def build(
     )
     rllib.debugging(seed=seed, log_level="ERROR")
     rllib._dont_auto_sync_env_runner_states = True  # ours sends the step count too
-    return rllib.build_algo()
+    algorithm = rllib.build_algo()
+    assert isinstance(algorithm, DQN)
+    return algorithm
 
 
 def check(config: DQNConfig, training: TrainingConfig) -> None:

@@ -164,10 +164,9 @@ class Expander(nn.Module):
             self.table("grid_of_patch", session),
         )
         for group, size, scale in zip(groups, self.num_groups, GROUP_SCALE, strict=True):
-            if group is own:
-                count = counts
-            else:
-                at = group[None, :, None].expand(4, -1, steps, -1)
+            at = group[None, :, None].expand(4, -1, steps, -1)
+            count = counts
+            if group is not own:
                 count = counts.new_zeros(4, batch, steps, size).scatter_add_(3, at, counts)
             count = self._normalise(count.clamp(min=0), scale)
             columns += (count if group is own else count.gather(3, at)).unbind(0)

@@ -5,6 +5,11 @@ network (``networks.py``: action values with -inf where an action is not allowed
 ``epsilon``: (first value, last value, env steps over which it falls linearly).
 """
 
+# RLlib's annotations say None where a built object has a value, and more of the kind:
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
+# pyright: reportIncompatibleMethodOverride=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import copy

@@ -82,7 +82,7 @@ class Artefact:
                 f"reads {FORMAT!r} up to {FORMAT_VERSION}: update ssl2rl-ray"
             )
         try:
-            rules = {
+            rules: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value
                 for key, value in description["rules"].items()
             }

@@ -148,7 +148,8 @@ class Replay:
         has_ended = np.logical_or.accumulate(is_terminated | self.is_truncated[at], axis=-1)
         is_inside = np.ones_like(has_ended)
         is_inside[..., 1:] = ~has_ended[..., :-1]
-        return is_inside, (~is_inside | is_terminated | self.is_linked[at]).all(axis=-1)
+        is_whole = (~is_inside | is_terminated | self.is_linked[at]).all(axis=-1)
+        return is_inside, np.asarray(is_whole)
 
     def sample(
         self, batch_size: int, rng: np.random.Generator, importance_exponent: float = 1.0

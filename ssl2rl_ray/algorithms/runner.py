@@ -1,5 +1,10 @@
 """An env runner that moves all its episodes in one numpy step and returns columns, not episodes."""
 
+# RLlib's annotations say None where a built object has a value, and more of the kind:
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
+# pyright: reportIncompatibleMethodOverride=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import time
@@ -20,8 +25,9 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
     """Samples K = ``rollout_fragment_length`` vector steps as columns.
 
     RLlib's own runner makes an object of every episode and passes every step of every episode
-    through connectors, in Python; with many episodes side by side that costs more than env and
-    network together (``benchmarks/rllib_overhead.py``). ``env_config["make_env"]`` makes the
+    through connectors, in Python; with many episodes of a small session side by side that doubles
+    the cost of a step (``benchmarks/rllib_overhead.py``), and what it returns must go through
+    connectors again before it can be learned from. ``env_config["make_env"]`` makes the
     vector env from ``num_envs`` and ``seed``; it must reset in the next step (gymnasium's
     ``AutoresetMode.NEXT_STEP``) and its observation must have ``elapsed_min``.
     """
