@@ -200,6 +200,16 @@ def test_shared_work_gives_what_single_tours_give():
     np.testing.assert_allclose(optimum(table, CRYORL, starts, budget_min=200.0), alone)
 
 
+def test_dynamic_rewards_are_values_too():
+    table = one_patch(3).replace(
+        ctf_max_resolution_A=np.array([5.0, 5.0, 7.0]), is_labelled=np.ones(3, bool)
+    )
+    dynamic = dataclasses.replace(CRYORL, reward_rule="dynamic")
+    decayed = 1.2 * np.exp(-0.85) - 0.2  # 1 Å above the threshold
+    np.testing.assert_allclose(optimum(table, dynamic, [0]), 1 + decayed)
+    np.testing.assert_allclose(optimum(table, CRYORL, [0]), 1.0)
+
+
 def test_no_other_tour_is_better():
     """Swaps and insertions in the best tour of a real-sized session gain nothing."""
     table = draw_session(np.random.default_rng(5), "demo")

@@ -38,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from envs.cryoem.rewards import outcome, switch_level
+from envs.cryoem.rewards import switch_level, visit_value
 from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray, NavigationConfig
 
 # Rows of the state matrix (num_rows, minutes + 1). A trailing 0 or 1: the last hole is not yet, is
@@ -218,14 +218,15 @@ def optimum(
         table: N holes.
         config: minutes, rewards, and the threshold if ``value`` is left out.
         start_holes: (E,) rows.
-        value: (N,) >= 0; by default ``rewards.outcome``, the truth where labelled.
+        value: (N,) >= 0; by default ``rewards.visit_value``, the truth where labelled. A penalty
+            for high-CTF holes (``high_ctf_penalty``) is left out: then this is an upper bound.
         budget_min: minutes, the config's by default.
 
     Raises:
         ValueError: as ``best_tour``.
     """
     if value is None:
-        value = outcome(table, config)
+        value = visit_value(table, config)
     problem = _Problem(table, value, config, budget_min)
     starts = [problem.start(int(hole)) for hole in start_holes]
     grids, squares, patches = ({start[: i + 1] for start in starts} for i in range(3))
