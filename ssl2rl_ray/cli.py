@@ -110,7 +110,29 @@ def _run(args: argparse.Namespace) -> None:
             total = config.training.num_env_steps
             bar = partial(_training_bar, progress, total) if progress.is_terminal else None
             summary = train(config, run, progress=bar)
+        _leave_map(folder, config, summary["num_env_steps"])
     _emit(args.json, summary, f"{folder}: done; `ssl2rl evaluate {folder} --data DIR` plays it")
+
+
+def _leave_map(folder: Path, config: Any, num_env_steps: int) -> None:
+    """The trained policy's tour among the run's TensorBoard events."""
+    import numpy as np
+
+    from envs.cryoem.synthetic import draw_session
+    from ssl2rl_ray.config import navigation_config
+    from ssl2rl_ray.data.folder import read_dataset
+    from ssl2rl_ray.evaluate import contestant, draw_tour
+    from ssl2rl_ray.tensorboard import TensorBoard
+
+    real = [*config.data.validation, *config.data.train]
+    table = (
+        read_dataset(real[0]).table
+        if real
+        else draw_session(np.random.default_rng(0), config.sessions.preset)
+    )
+    image = draw_tour(contestant(str(folder)), table, navigation_config(config.env))
+    with TensorBoard(folder / "tensorboard") as board:
+        board.image("map", image, num_env_steps)
 
 
 def _training_bar(progress: _Progress, total: int, row: dict[str, Any]) -> None:

@@ -89,7 +89,7 @@ def demo(
         against=AGAINST,
         on_step=on_step,
     )
-    image = draw_tour(contestant(str(folder)), dataset.table, rules, seed)
+    image = draw_tour(contestant(str(folder)), dataset.table, rules)
     with TensorBoard(folder / "tensorboard") as board:
         board.image("map", image, chosen.training.num_env_steps)
     return {

@@ -368,7 +368,7 @@ def optimum_of_each(
 
 
 def draw_tour(
-    chosen: Contestant, table: HoleTable, config: NavigationConfig, seed: int
+    chosen: Contestant, table: HoleTable, config: NavigationConfig, seed: int = 0
 ) -> np.ndarray:
     """The map (H, W, 3) uint8 with the policy's tour from the best prediction."""
     seen = chosen.sees(table)
