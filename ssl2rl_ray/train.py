@@ -199,6 +199,7 @@ def network_for(config: NavigationRunConfig, stack: SessionStack | None) -> QNet
         hidden_sizes=algorithm.hidden_sizes,
         is_dueling=algorithm.dueling,
         is_residual=algorithm.is_residual,
+        prior_scale=algorithm.reward_scale,
     )
 
 

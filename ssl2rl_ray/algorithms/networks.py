@@ -197,10 +197,12 @@ def make_network(
     hidden_sizes: Sequence[int] = (64, 64),
     is_dueling: bool | None = None,
     is_residual: bool = True,
+    prior_scale: float = 1.0,
 ) -> QNetwork:
     """The network for a feature set; ``stack`` is needed for those per hole.
 
-    ``is_residual`` concerns ``rates`` alone. Raises ValueError where ``is_dueling`` is asked of a
+    ``is_residual`` concerns ``rates`` alone; ``prior_scale`` is where its scale begins: the prior
+    is in units of reward, action values in those times ``reward_scale``. Raises ValueError where ``is_dueling`` is asked of a
     network that learns from the taken row only.
     """
     if config.feature_set == "rates":
@@ -211,6 +213,7 @@ def make_network(
             hidden_sizes,
             is_dueling=is_dueling is not False,
             prior_column=PRIOR_COLUMN if is_residual else None,
+            prior_scale=prior_scale,
         )
     if is_dueling:
         raise ValueError(
