@@ -202,8 +202,8 @@ def make_network(
     """The network for a feature set; ``stack`` is needed for those per hole.
 
     ``is_residual`` concerns ``rates`` alone; ``prior_scale`` is where its scale begins: the prior
-    is in units of reward, action values in those times ``reward_scale``. Raises ValueError where ``is_dueling`` is asked of a
-    network that learns from the taken row only.
+    is in units of reward, action values in those times ``reward_scale``. Raises ValueError where
+    ``is_dueling`` is asked of a network that learns from the taken row only.
     """
     if config.feature_set == "rates":
         from envs.cryoem.rates import NUM_FEATURES, PRIOR_COLUMN
