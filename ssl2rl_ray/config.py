@@ -25,6 +25,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from envs.cryoem.synthetic import PRESETS
 from envs.cryoem.types import ActionLevel, FeatureSet, NavigationConfig, Preset
 
 
@@ -451,6 +452,8 @@ def _problems(config: NavigationRunConfig) -> Iterator[str]:
     except ValueError as error:
         yield f"env.{error}"
         return
+    if sessions.preset not in PRESETS:
+        yield f"sessions.preset: expected one of {_words(PRESETS)}, found {sessions.preset!r}"
     if max(sessions.real, sessions.redrawn, sessions.synthetic) <= 0:
         yield "sessions: real, redrawn and synthetic are all 0; one needs a positive weight"
     for name in ("real", "redrawn"):

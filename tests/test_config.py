@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -179,6 +181,7 @@ def test_a_bomb_of_aliases_is_shown_briefly(tmp_path: Path) -> None:
         (["seed=3", "seed.x=3"], "seed is not a section"),
         (["seed=[1"], "--set 'seed=[1'"),
         (["env.budgt_min=3"], "did you mean env.budget_min?"),
+        (["sessions.preset=aldolas"], "expected one of aldolase, demo, y3, found 'aldolas'"),
         (["sessions.synthetic=0"], "all 0; one needs a positive weight"),
         (["sessions.synthetic=-1"], "sessions.synthetic: must be 0 or more, found -1.0"),
         (["sessions.real=1"], "sessions.real: is above 0 but data.train names no session"),
@@ -210,6 +213,26 @@ def test_each_contradiction_is_named(overrides: list[str], expected: str) -> Non
     with pytest.raises(ConfigError) as error:
         load_config(None, overrides)
     assert expected in str(error.value)
+
+
+def numbers(cls: type[Any], path: str = "") -> Iterator[str]:
+    """Dotted paths of every field that holds numbers."""
+    for name, hint in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from numbers(cast(type[Any], hint), f"{name}.")
+        elif re.search(r"\b(int|float)\b", str(hint)):
+            yield path + name
+
+
+@pytest.mark.parametrize("path", list(numbers(NavigationRunConfig)))
+def test_no_number_may_be_anything(path: str) -> None:
+    section, _, name = path.rpartition(".")
+    config = NavigationRunConfig()
+    default = getattr(getattr(config, section) if section else config, name)
+    value = {"budget_range_min": [-1, 1], "minutes": [-1] * 4, "reward": [-1] * 4}.get(name)
+    value = [-1] if isinstance(default, tuple) else value or -1
+    with pytest.raises(ConfigError, match=re.escape(path)):
+        load_config(None, [f"{path}={value}"])
 
 
 def test_fresh_sessions_go_with_rates() -> None:

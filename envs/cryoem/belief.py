@@ -1,7 +1,7 @@
 """What is believed of the holes that are left, and what going there is worth at a price per minute.
 
-Model (calibration.py): logit P(low) = base + u_grid + u_square + u_patch, u ~ N(0, sd²). Outcomes of
-visited holes move the u's; a Lagrange multiplier ``price`` (reward per minute) turns the tree
+Model (calibration.py): logit P(low) = base + u_grid + u_square + u_patch, u ~ N(0, sd²). Outcomes
+of visited holes move the u's; a Lagrange multiplier ``price`` (reward per minute) turns the tree
 knapsack into sums over patches, squares and grids (Everett 1963, relaxation of a knapsack).
 Pure functions over E episodes at once. Shape letters as in ``stack``.
 """
@@ -20,7 +20,7 @@ _BISECTIONS = 14  # price to 1e-4 of its range
 
 
 def base_logit(p_low_ctf: FloatArray, effects: RandomEffects) -> FloatArray:
-    """The fixed part of the logit whose average over all u is ``p_low_ctf`` (probit approximation)."""
+    """The part of the logit that is fixed, so that the mean over u is p (probit approximation)."""
     p = np.clip(p_low_ctf, 1e-4, 1 - 1e-4)
     return np.log(p / (1 - p)) * np.sqrt(1 + np.pi / 8 * effects.variance).astype(p.dtype)
 
@@ -74,7 +74,7 @@ class Belief:
     """P(low) of every hole that is left, given the outcomes so far."""
 
     p: FloatArray
-    """(E, P, K) float32, best first within a patch as in ``slot_hole``; 0 where visited or padding."""
+    """(E, P, K) float32, in the order of ``slot_hole``; 0 where visited or padding."""
     is_left: BoolArray
     """(E, P, K)"""
     shift: FloatArray
@@ -120,7 +120,8 @@ def believe(
     size = num_episodes * num_patches
 
     def by_patch(values: FloatArray | None) -> FloatArray:
-        return np.bincount(patch, values, size).reshape(num_episodes, num_patches)
+        sums = np.bincount(patch, values, size).astype(np.float64)
+        return sums.reshape(num_episodes, num_patches)
 
     num_visited = by_patch(None)
     num_low = by_patch(y)
@@ -138,26 +139,30 @@ def believe(
             values_s, square_index, 1
         )
 
-    for step in range(_NEWTON_STEPS + 1 if is_adaptive else 1):
-        eta = base + (up(u_g, u_s) + u_p).ravel()[patch]
-        q = 1 / (1 + np.exp(-eta))
-        w_p = by_patch(q * (1 - q)) if is_adaptive else np.zeros_like(u_p)
-        # Eliminate patches, then squares: Schur complements of the nested Hessian.
+    def likelihood() -> tuple[FloatArray, FloatArray]:
+        """(E, P) gradient and curvature of the outcomes at the present u."""
+        q = 1 / (1 + np.exp(-(base + (up(u_g, u_s) + u_p).ravel()[patch])))
+        return by_patch(y - q), by_patch(q * (1 - q))
+
+    def eliminate(w_p: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+        """Schur complements of the nested Hessian: shares kept (E, P), (E, S), weights below."""
         keep_p = tau_p / (tau_p + w_p)
         w_s = _sum(w_p * keep_p, square_index, num_squares)
         keep_s = tau_s / (tau_s + w_s)
-        w_g = _sum(w_s * keep_s, grid_index, num_grids)
-        if step == _NEWTON_STEPS or not is_adaptive:
-            break  # the weights at the mode, for the variances
-        g_p = by_patch(y - q)
-        g_s_own, g_g_own = -tau_s * u_s, -tau_g * u_g
+        return keep_p, keep_s, w_s, _sum(w_s * keep_s, grid_index, num_grids)
+
+    for _ in range(_NEWTON_STEPS if is_adaptive else 0):
+        g_p, w_p = likelihood()
+        keep_p, keep_s, w_s, w_g = eliminate(w_p)
         g_s = _sum(g_p - (1 - keep_p) * (g_p - tau_p * u_p), square_index, num_squares)
-        g_g = _sum(g_s - (1 - keep_s) * (g_s + g_s_own), grid_index, num_grids)
-        d_g = (g_g + g_g_own) / (tau_g + w_g)
-        d_s = (g_s + g_s_own - w_s * np.take_along_axis(d_g, grid_index, 1)) / (tau_s + w_s)
+        g_g = _sum(g_s - (1 - keep_s) * (g_s - tau_s * u_s), grid_index, num_grids)
+        d_g = (g_g - tau_g * u_g) / (tau_g + w_g)
+        d_s = (g_s - tau_s * u_s - w_s * np.take_along_axis(d_g, grid_index, 1)) / (tau_s + w_s)
         d_p = (g_p - tau_p * u_p - w_p * up(d_g, d_s)) / (tau_p + w_p)
         u_g, u_s, u_p = u_g + d_g, u_s + d_s, u_p + d_p
 
+    w_p = likelihood()[1] if is_adaptive else np.zeros_like(u_p)
+    keep_p, keep_s, w_s, w_g = eliminate(w_p)
     var_g = 1 / (tau_g + w_g)
     var_s = 1 / (tau_s + w_s) + keep_s**2 * np.take_along_axis(var_g, grid_index, 1)
     variance = 1 / (tau_p + w_p) + keep_p**2 * np.take_along_axis(var_s, square_index, 1)
@@ -181,7 +186,7 @@ def believe(
 
 @dataclass(frozen=True, eq=False)
 class Sorted:
-    """The holes left of each patch, best first, with running sums; rank leads, so that it sums fast."""
+    """The holes left of each patch, best first, with running sums; rank leads: it sums fast."""
 
     p: FloatArray
     """(K + 1, E, P); 0 past the last hole left."""

@@ -64,7 +64,7 @@ def predict_rank(now: Situation) -> IntArray:
 
 
 def snowball(now: Situation) -> IntArray:
-    """Stay near: the best hole predicted low (p > 0.5) of the patch, else square, else grid, else any.
+    """The best hole predicted low (p > 0.5) of the patch, else of the square, the grid, of all.
 
     Where nothing predicted low is left, the nearest hole of the highest probability (the heuristic
     that beats CryoRL's DQN on its own data).

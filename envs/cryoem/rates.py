@@ -20,7 +20,7 @@ FEATURES = (
     "is_patch",
     "is_square",
     "is_grid",
-    "advantage",  # what the price of time says of the move, at most about 0: the planner's own score
+    "advantage",  # what the price of time says of the move, at most about 0: the planner's score
     "p_target",  # P(low) of the hole that would be visited
     "p_1",  # P(low) of the best, 2nd, 5th and 10th hole left in that patch
     "p_2",
@@ -46,10 +46,12 @@ FEATURES = (
     "progress",  # visits so far / 480
     "minutes_left",  # / 480
     "log_minutes_left",  # log(1 + minutes) / log(481)
-    "bound",  # expected reward still to come, by Lagrangian duality: price x minutes left + surpluses
+    "bound",  # dual bound of the reward still to come / 480: price x minutes left + surpluses
 )
 NUM_FEATURES = len(FEATURES)
 PRIOR_COLUMN = FEATURES.index("advantage")
+BOUND_COLUMN = FEATURES.index("bound")
+BOUND_SCALE = np.float32(480)
 _TIE = np.float32(1e-3)  # among moves that the price calls equal, the one with more surplus
 
 
@@ -67,6 +69,11 @@ def _top(values: FloatArray, count: int) -> IntArray:
     if order.shape[1] < count:
         order = np.pad(order, ((0, 0), (0, count - order.shape[1])), mode="edge")
     return order
+
+
+def bound_of(rows: FloatArray) -> FloatArray:
+    """(...) reward still to come that rows (..., C, F) promise; 0 where no move is left."""
+    return rows[..., BOUND_COLUMN].max(-1) * BOUND_SCALE
 
 
 def candidate_rows(
@@ -148,7 +155,7 @@ def candidate_rows(
     loss = np.stack([np.zeros_like(stay), loss_patch, loss_square, loss_grid], 1)[:, level]
     behind = np.stack([np.zeros_like(stay), stay, in_square, in_grid], 1)[:, level]
 
-    # The hole: staying takes the best; a switch pays less, so it lands on the one next to the price.
+    # Staying takes the best hole; a switch pays less, so it lands on the one next to the price.
     p = believed.p[col, patch]  # (E, C, K)
     hole_cost = (price * minutes[0])[:, None, None]
     forgone = np.where((level == 0)[:, None], 0, np.maximum(reward[0] * p - hole_cost, 0))
@@ -209,7 +216,7 @@ def candidate_rows(
         (num_visited / 480)[:, None],
         (minutes_left / 480)[:, None],
         (np.log1p(np.maximum(minutes_left, 0)) / np.log(481))[:, None],
-        bound[:, None],
+        bound[:, None] / BOUND_SCALE,
     ]
     rows = np.empty((*patch.shape, NUM_FEATURES), np.float32)
     for index, column in enumerate(columns):

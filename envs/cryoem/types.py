@@ -23,7 +23,7 @@ BoolArray = NDArray[np.bool_]
 
 
 class Switch(enum.IntEnum):
-    """The highest level of the hierarchy that a move changes; the index into minutes and rewards."""
+    """The highest level of the hierarchy that a move changes; indexes minutes and rewards."""
 
     HOLE = 0
     PATCH = 1
@@ -64,7 +64,7 @@ class HoleTable:
     patch_name: NDArray[np.str_]
     """(P,)"""
     x: FloatArray
-    """(N,) float64, position as the source gives it (image pixels or stage units); NaN = unknown."""
+    """(N,) float64, position as the source gives it (image pixels, stage units); NaN = unknown."""
     y: FloatArray
     """(N,) float64, like ``x``."""
     ctf_max_resolution_A: FloatArray
@@ -278,7 +278,7 @@ class NavigationConfig:
     action_level: ActionLevel = "hole"
     """``hole``: any unvisited hole; ``patch``: a patch, its best unvisited hole by prediction."""
     feature_set: FeatureSet = "paper"
-    """``paper`` and ``cryorl``: compact observation, features by the expander; ``rates``: candidate rows."""
+    """``paper``, ``cryorl``: compact observation, expanded later; ``rates``: candidate rows."""
     num_past_steps: int = 3
     """Steps of features stacked by the expander, the current one included."""
     reward_rule: Literal["switch", "dynamic"] = "switch"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 256 * 2**20
+MAX_BYTES = 64 * 2**20
 """A session of 100 000 holes has label files of 12 MB; what is larger is another kind of file."""
-MAX_LINES = 2_000_000
+MAX_LINES = 1_000_000
 MAX_LINE_LENGTH = 10_000
 """Characters; the longest real line has about 120."""
 _SHOWN = 80
@@ -49,7 +49,7 @@ class DataError(ValueError):
     """Data cannot be used; the message says what, where, and what to do next."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RejectedRow:
     """A line that was kept out."""
 
