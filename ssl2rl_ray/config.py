@@ -101,6 +101,13 @@ class DQNConfig:
     """
     is_residual: bool = True
     """``rates``: A(row) begins as the planner's surplus of the row plus an MLP that begins at 0."""
+    is_shaped: bool | None = None
+    """Learn only what the dual bound of the reward still to come does not foresee.
+
+    The bound shapes the reward, and ``discount_per_min`` then discounts what is left over, so a
+    short horizon loses little (heuristic-guided RL: Cheng et al. 2021, arXiv:2106.02757, sec. 3).
+    None: as the feature set allows: ``rates`` yes; ``paper`` and ``cryorl`` no.
+    """
     hidden_sizes: tuple[int, ...] = (64, 64)
     batch_size: int = 128
     buffer_capacity: int = 50_000
@@ -112,6 +119,8 @@ class DQNConfig:
     """Updates between changes of the target network."""
     target_update_rate: float = 1.0
     """How far the target then moves towards the network: 1 = a copy, less = soft updates."""
+    is_averaged: bool = False
+    """The policy that is validated and kept is the target network: an average of past weights."""
     epsilon_initial: float = 0.2
     epsilon_final: float = 0.02
     epsilon_steps: int = 50_000
@@ -472,6 +481,8 @@ def _problems(config: NavigationRunConfig) -> Iterator[str]:
     if (budgets := sessions.budget_range_min) and not 0 < budgets[0] <= budgets[1]:
         yield f"sessions.budget_range_min: expected 0 < low <= high, found {list(budgets)}"
     algorithm, training = config.algorithm, config.training
+    if algorithm.is_shaped and rules.feature_set != "rates":
+        yield f"algorithm.is_shaped: the bound is in env.feature_set rates, not {rules.feature_set}"
     if algorithm.final_learning_rate > algorithm.learning_rate:
         yield "algorithm.final_learning_rate: is above algorithm.learning_rate, from which it falls"
     if algorithm.epsilon_final > algorithm.epsilon_initial:

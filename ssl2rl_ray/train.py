@@ -24,6 +24,7 @@ import torch
 
 from envs.cryoem.calibration import Calibration, fit_calibration
 from envs.cryoem.env import CryoEMVectorEnv
+from envs.cryoem.rates import bound_of
 from envs.cryoem.stack import SessionStack
 from envs.cryoem.synthetic import PRESETS, draw_session, redraw_labels, synthetic_calibration
 from envs.cryoem.types import FloatArray, HoleTable, NavigationConfig
@@ -208,6 +209,18 @@ def training_network(config: NavigationRunConfig) -> QNetwork:
     return network_for(config, session_pool(config))
 
 
+def is_shaped(config: NavigationRunConfig) -> bool:
+    """Whether the dual bound shapes the reward: where ``rates`` observations carry it."""
+    if config.algorithm.is_shaped is None:
+        return navigation_config(config.env).feature_set == "rates"
+    return config.algorithm.is_shaped
+
+
+def dual_bound(observation: dict[str, np.ndarray]) -> FloatArray:
+    """(E,) bound of the reward still to come, from ``rows`` (E, C, F)."""
+    return bound_of(observation["rows"])
+
+
 class Validation:
     """The greedy policy on the same sessions from the same starts, in one vectorised batch."""
 
@@ -286,6 +299,7 @@ def train(
             make_env=functools.partial(training_env, config),
             make_network=functools.partial(training_network, config),
             seed=config.seed,
+            potential=dual_bound if is_shaped(config) else None,
         )
         stack.callback(algorithm.stop)
         if run.latest is not None:
@@ -332,7 +346,10 @@ def _look(
     row = {"num_env_steps": algorithm.num_env_steps, **row, **validation.play(weights)}
     row["validation/wall_s"] = time.perf_counter() - started
     value = row["validation/episode_return"]
-    best = max((entry["value"] for entry in run.checkpoints), default=-np.inf)
+    best = _best(run)
+    # Untrained, a residual network is the planner that it starts from: to keep that one where it
+    # scores best would pass a planner off as a policy.
+    is_candidate = algorithm.num_env_steps > 0
     artefact = _artefact(config, weights)
 
     def write(folder: Path) -> None:
@@ -342,12 +359,18 @@ def _look(
         (folder / "policy").mkdir()
         artefact.save(folder / "policy")
 
-    run.save_checkpoint(algorithm.num_env_steps, write, value=value)
-    if value > best:
+    run.save_checkpoint(algorithm.num_env_steps, write, value=value if is_candidate else None)
+    if best is None or value > best["value"]:
         run.write_policy(artefact.save)
     run.log(row)
     board.log(row, algorithm.num_env_steps)
     progress(row)
+
+
+def _best(run: RunDirectory) -> dict[str, Any] | None:
+    """The best checkpoint so far, by validation."""
+    rated = [entry for entry in run.checkpoints if entry["value"] is not None]
+    return max(rated, key=lambda entry: entry["value"], default=None)
 
 
 def _artefact(config: NavigationRunConfig, weights: dict[str, torch.Tensor]) -> Artefact:
@@ -389,7 +412,8 @@ def _training_row(
 def _finish(run: RunDirectory, algorithm: Any) -> dict[str, Any]:
     from ssl2rl_ray.algorithms.dqn import weights_hash
 
-    best = max(run.checkpoints, key=lambda entry: entry["value"])
+    best = _best(run)
+    assert best is not None
     summary = {
         "num_env_steps": algorithm.num_env_steps,
         "num_updates": algorithm.num_updates,

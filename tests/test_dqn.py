@@ -105,7 +105,7 @@ def rows_network():
     return CandidateNetwork(3, (16, 16))
 
 
-def build(recipe=None, training=None, seed=0):
+def build(recipe=None, training=None, seed=0, potential=None):
     recipe = {"learning_starts": 64, "updates_per_env_step": 0.2, "n_step": 2, **(recipe or {})}
     recipe = {"batch_size": 32, "epsilon_steps": 1000, "learning_rate": 3e-3, **recipe}
     training = {"num_env_steps": 2000, "num_envs_per_runner": 8, **(training or {})}
@@ -115,6 +115,7 @@ def build(recipe=None, training=None, seed=0):
         make_env=rows_env,
         make_network=rows_network,
         seed=seed,
+        potential=potential,
     )
 
 
@@ -140,6 +141,41 @@ def test_it_learns_to_take_the_row_that_pays(recipe):
         assert result["env_runners"]["num_env_steps_sampled_lifetime"] == algorithm.num_env_steps
     finally:
         algorithm.stop()
+
+
+def of_elapsed(observation):
+    return 100 - observation["elapsed_min"][:, 0] ** 2
+
+
+def test_a_potential_moves_reward_within_an_episode_and_nothing_else():
+    fragments = []
+    for potential in (None, of_elapsed):
+        algorithm = build({"epsilon_initial": 1.0, "epsilon_final": 1.0}, potential=potential)
+        runner = algorithm.env_runner_group.local_env_runner
+        fragments.append(runner.sample(num_timesteps=8 * 24))  # two episodes of 10 and resets
+        algorithm.stop()
+    plain, shaped = fragments
+    assert plain["episode_returns"] == shaped["episode_returns"]  # logged as the env pays
+    np.testing.assert_array_equal(plain["action"], shaped["action"])
+    begins = of_elapsed({"elapsed_min": plain["observation"]["elapsed_min"][0]})
+    for episode in (slice(0, 10), slice(11, 21)):
+        assert plain["is_terminated"][episode][-1].all()
+        difference = (shaped["reward"] - plain["reward"])[episode].sum(0)
+        np.testing.assert_allclose(difference, -begins, rtol=1e-4)  # it telescopes, the end is 0
+    elapsed = plain["observation"]["elapsed_min"][:10, 0, 0]
+    np.testing.assert_allclose(
+        (shaped["reward"] - plain["reward"])[:9, 0], -np.diff(elapsed**2), rtol=1e-4
+    )
+
+
+def test_the_policy_that_is_kept_may_be_the_average():
+    algorithm = build({"target_update_interval": 1, "target_update_rate": 0.02, "is_averaged": True})
+    until(algorithm, 600)
+    kept, state = algorithm.network_state(), algorithm.checkpoint()["module"]
+    for name, value in kept.items():
+        torch.testing.assert_close(value, state[f"target_network.{name}"])
+    assert any((value != state[f"network.{name}"]).any() for name, value in kept.items())
+    algorithm.stop()
 
 
 def test_one_seed_gives_the_same_weights_twice_and_another_seed_others():
@@ -294,10 +330,12 @@ def test_a_run_leaves_all_that_is_needed(tmp_path, feature_set):
         for name in ("loss", "q_mean", "epsilon", "learning_rate", "gradient_norm"):
             assert np.isfinite(metrics[f"train/{name}"].iloc[-1])
         assert list((run.path / "tensorboard").glob("events.*"))
-        best = max(entry["value"] for entry in run.checkpoints)
+        best = max(e["value"] for e in run.checkpoints if e["value"] is not None)
+        learned = metrics[metrics["num_env_steps"] > 0]  # untrained it is a planner, not a result
         assert (
-            summary["best_validation_return"] == best == metrics["validation/episode_return"].max()
+            summary["best_validation_return"] == best == learned["validation/episode_return"].max()
         )
+        assert summary["best_num_env_steps"] > 0
     # the exported policy plays sessions of other sizes with the same weights
     loaded = Artefact.load(run.policy)
     rules = navigation_config(config.env)

@@ -53,6 +53,8 @@ from ssl2rl_ray.config import DQNConfig, TrainingConfig
 MakeEnv = Callable[..., VectorEnv]
 """``make_env(num_envs=..., seed=...)``; it travels to the runners, so it must be picklable."""
 MakeNetwork = Callable[[], nn.Module]
+Potential = Callable[[dict[str, np.ndarray]], np.ndarray]
+"""(E,) of an observation of E episodes: what shapes the reward (runner.py)."""
 
 
 class NavigationDQNConfig(rllib_dqn.DQNConfig):
@@ -234,13 +236,17 @@ class DQN(rllib_dqn.DQN):
         )
 
     def network_state(self) -> dict[str, torch.Tensor]:
-        """The weights that act, on the CPU; what ``policy.Artefact`` stores."""
+        """The weights that are judged and kept, on the CPU; what ``policy.Artefact`` stores.
+
+        With ``is_averaged`` those of the target network, which follows slowly.
+        """
         module = self.learner_group.get_state(components="learner/rl_module")["learner"]
         weights = module["rl_module"][DEFAULT_MODULE_ID]
+        prefix = "target_network." if self.config.recipe.is_averaged else "network."
         return {
-            name.removeprefix("network."): torch.as_tensor(np.asarray(value)).clone()
+            name.removeprefix(prefix): torch.as_tensor(np.asarray(value)).clone()
             for name, value in weights.items()
-            if name.startswith("network.")
+            if name.startswith(prefix)
         }
 
     def checkpoint(self, *, has_replay: bool = False) -> dict[str, Any]:
@@ -343,6 +349,7 @@ def build(
     make_env: MakeEnv,
     make_network: MakeNetwork,
     seed: int,
+    potential: Potential | None = None,
 ) -> DQN:
     """The algorithm, ready to ``train()``; one call of it is about a thousand env steps.
 
@@ -357,7 +364,7 @@ def build(
     rllib.api_stack(enable_rl_module_and_learner=True, enable_env_runner_and_connector_v2=True)
     rllib.recipe = config
     rllib.num_env_steps = training.num_env_steps
-    rllib.environment(env="ssl2rl-navigation", env_config={"make_env": make_env})
+    rllib.environment(env="ssl2rl-navigation", env_config={"make_env": make_env, "potential": potential})
     rllib.env_runners(
         env_runner_cls=ColumnarEnvRunner,
         num_env_runners=training.num_env_runners,

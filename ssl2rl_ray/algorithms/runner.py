@@ -30,6 +30,9 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
     connectors again before it can be learned from. ``env_config["make_env"]`` makes the
     vector env from ``num_envs`` and ``seed``; it must reset in the next step (gymnasium's
     ``AutoresetMode.NEXT_STEP``) and its observation must have ``elapsed_min``.
+    ``env_config["potential"]``, if there, gives (E,) of an observation; the ``reward`` that is
+    learned from is then r + potential(reached) - potential(here), the potential of an end being 0
+    (Ng et al. 1999, theorem 1, undiscounted). Returns are logged without it.
     """
 
     def make_env(self) -> None:
@@ -109,6 +112,7 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
             "episode_returns": [],
         }
         forward = self.module.forward_exploration if explore else self.module.forward_inference
+        potential = self.config.env_config.get("potential")
         num_runners = self.config.num_env_runners or 1
         num_steps = num_ended = 0
         for row in range(num_rows):
@@ -126,6 +130,9 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
             is_move = ~self._has_ended
             columns["action"][row] = action
             columns["reward"][row] = reward
+            if potential is not None:
+                gain = np.where(terminated, 0, potential(reached)) - potential(observation)
+                columns["reward"][row] += gain
             columns["minutes"][row] = (reached["elapsed_min"] - observation["elapsed_min"])[:, 0]
             columns["is_terminated"][row] = terminated
             columns["is_truncated"][row] = truncated
