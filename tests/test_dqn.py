@@ -169,7 +169,9 @@ def test_a_potential_moves_reward_within_an_episode_and_nothing_else():
 
 
 def test_the_policy_that_is_kept_may_be_the_average():
-    algorithm = build({"target_update_interval": 1, "target_update_rate": 0.02, "is_averaged": True})
+    algorithm = build(
+        {"target_update_interval": 1, "target_update_rate": 0.02, "is_averaged": True}
+    )
     until(algorithm, 600)
     kept, state = algorithm.network_state(), algorithm.checkpoint()["module"]
     for name, value in kept.items():

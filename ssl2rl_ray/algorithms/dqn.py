@@ -364,7 +364,9 @@ def build(
     rllib.api_stack(enable_rl_module_and_learner=True, enable_env_runner_and_connector_v2=True)
     rllib.recipe = config
     rllib.num_env_steps = training.num_env_steps
-    rllib.environment(env="ssl2rl-navigation", env_config={"make_env": make_env, "potential": potential})
+    rllib.environment(
+        env="ssl2rl-navigation", env_config={"make_env": make_env, "potential": potential}
+    )
     rllib.env_runners(
         env_runner_cls=ColumnarEnvRunner,
         num_env_runners=training.num_env_runners,
