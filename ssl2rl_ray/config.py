@@ -53,6 +53,11 @@ class SessionsConfig:
     """A training session whose labels are drawn again from the calibrated model."""
     synthetic: float = 1.0
     """A session drawn afresh: structure, predictions and labels (domain randomisation)."""
+    unlabelled: float = 0.0
+    """Share of training episodes whose drawn session has no labels: rewards are probabilities.
+
+    Pseudo rewards carry no luck of the draw, so planning is learned from far fewer episodes.
+    """
     preset: str = "aldolase"
     """Synthetic preset, see ``envs.cryoem.synthetic``."""
     pool_size: int | None = 256
@@ -520,7 +525,7 @@ _ABOVE_ZERO = {
     ),
 }
 _ZERO_OR_MORE = {
-    "sessions": ("real", "redrawn", "synthetic"),
+    "sessions": ("real", "redrawn", "synthetic", "unlabelled"),
     "algorithm": (
         "final_learning_rate",
         "learning_starts",
@@ -532,6 +537,7 @@ _ZERO_OR_MORE = {
     "training": ("num_env_runners",),
 }
 _AT_MOST_ONE = {
+    "sessions": ("unlabelled",),
     "algorithm": (
         "discount_per_min",
         "target_update_rate",
@@ -539,7 +545,7 @@ _AT_MOST_ONE = {
         "epsilon_final",
         "priority_exponent",
         "importance_exponent",
-    )
+    ),
 }
 
 

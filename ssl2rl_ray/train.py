@@ -57,8 +57,16 @@ class Sessions:
     base_logits: tuple[FloatArray, ...]
     """(N,) each: what labels of ``train`` are redrawn from."""
 
-    def draw(self, rng: np.random.Generator, *, is_real_allowed: bool = True) -> HoleTable:
-        """One session, by the weights of ``config.sessions``."""
+    def draw(self, rng: np.random.Generator) -> HoleTable:
+        """One session to train on, by ``config.sessions``; drawn ones may be without labels."""
+        table = self.draw_labelled(rng)
+        share = self.config.sessions.unlabelled
+        if share == 0 or any(table is real for real in self.train) or rng.random() >= share:
+            return table
+        return table.replace(is_labelled=np.zeros(len(table), bool))
+
+    def draw_labelled(self, rng: np.random.Generator, *, is_real_allowed: bool = True) -> HoleTable:
+        """One session with all its labels, by the weights of ``config.sessions``."""
         sessions = self.config.sessions
         weight = np.array([sessions.real, sessions.redrawn, sessions.synthetic])
         if not is_real_allowed:
@@ -168,7 +176,7 @@ def validation_stack(config: NavigationRunConfig) -> SessionStack:
     sessions = sessions_of(config)
     rng = np.random.default_rng(_VALIDATION_SEED)
     num_drawn = config.training.num_validation_sessions
-    drawn = [sessions.draw(rng, is_real_allowed=False) for _ in range(num_drawn)]
+    drawn = [sessions.draw_labelled(rng, is_real_allowed=False) for _ in range(num_drawn)]
     real = [table for table in sessions.validation for _ in range(_STARTS_PER_SESSION)]
     return SessionStack.of([*drawn, *real], navigation_config(config.env))
 

@@ -403,3 +403,15 @@ def test_the_toy_env_is_one():
     observation, _ = env.reset()
     assert isinstance(env, gym.vector.VectorEnv)
     assert env.observation_space.contains(observation)
+
+
+def test_sessions_without_labels_are_a_share_of_the_training_and_none_of_the_validation():
+    config = dataclasses.replace(
+        run_config(), sessions=SessionsConfig(unlabelled=0.5, pool_size=40, preset="demo")
+    )
+    pool = training_room.session_pool(config)
+    outcome = [pool.outcome[row, :n] for row, n in enumerate(pool.num_holes)]
+    share = np.mean([bool(((o > 0) & (o < 1)).all()) for o in outcome])
+    assert 0.2 < share < 0.8
+    stack = training_room.validation_stack(config)
+    assert np.isin(stack.outcome, (0, 1)).all()
