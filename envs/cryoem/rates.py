@@ -56,9 +56,9 @@ _TIE = np.float32(1e-3)  # among moves that the price calls equal, the one with 
 
 
 def num_by_level(num_candidates: int) -> tuple[int, int, int, int]:
-    """How many candidates stay, change patch, square, grid (12: 1, 4, 3, 4)."""
+    """How many candidates stay, change patch, square, grid (12: 1, 5, 2, 4)."""
     others = num_candidates - 1
-    square = max(1, others // 4 + (others % 4 > 3))
+    square = max(1, others // 4)
     grid = max(1, (others - square) // 2)
     return 1, others - square - grid, square, grid
 
