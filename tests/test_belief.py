@@ -255,10 +255,11 @@ def test_a_batch_is_its_episodes_and_padding_is_nothing():
         assert (groups.grid[row, g:] == -np.inf).all()
 
 
-def best_run(table, p, holes, entry_level, price, rules):
+def best_run(table, p, holes, entry_level, price, rules, first=None):
     """Largest reward - price x minutes of any order of any holes, and that run's minutes.
 
-    The first move is of ``entry_level``; None: the run starts at ``holes[0]``, and may be empty.
+    The first move is of ``entry_level``, to holes[first] or any of them; without a level the run
+    starts at holes[0] and may be empty.
     """
     minutes, reward = rules.minutes, rules.reward
     ids = np.stack([table.patch_id, table.square_id, table.grid_id])[:, holes]
@@ -277,7 +278,8 @@ def best_run(table, p, holes, entry_level, price, rules):
     everything = 2 ** len(p) - 1
     if entry_level is None:
         return after(0, everything - 1)
-    return max((go(k, entry_level, everything) for k in range(len(p))), default=(-np.inf, 0.0))
+    entries = range(len(p)) if first is None else [first]
+    return max((go(k, entry_level, everything) for k in entries), default=(-np.inf, 0.0))
 
 
 @st.composite
