@@ -286,7 +286,8 @@ def best_run(table, p, holes, entry_level, price, rules, first=None):
 def situations(draw, max_holes=8, rules=(RULES, PAPER, LEGINON, ALIKE)):
     """A session under way: rules, table, visited (N,), current hole, and the believed p (N,)."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    table = nested(rng, draw(st.integers(2, max_holes)))
+    fan = draw(st.sampled_from([(2, 2, 2), (2, 1, 4), (3, 2, 1), (1, 2, 3)]))
+    table = nested(rng, draw(st.integers(2, max_holes)), fan)
     visited = rng.random(len(table)) < draw(st.sampled_from([0.0, 0.2, 0.5]))
     current = int(rng.integers(len(table)))
     visited[current] = True
