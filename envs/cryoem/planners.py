@@ -221,7 +221,7 @@ class Tour:
     stack: SessionStack
     config: NavigationConfig
     _order: dict[tuple[int, int], IntArray] = field(default_factory=dict)
-    _start: IntArray | None = None
+    _start: IntArray = field(default_factory=lambda: np.zeros(0, int))
 
     def act(self, observation: Observation, rng: np.random.Generator) -> IntArray:
         """(E,) the next hole of each tour; past its end the most probable hole that is left.
@@ -233,13 +233,13 @@ class Tour:
         visited = unpack_visited(observation, self.stack.p_low_ctf.shape[1])
         current = observation["recent"][:, 0]
         is_new = visited.sum(1) == 1
-        if self._start is None or len(self._start) != len(current):
-            if not is_new.all():
-                raise ValueError(f"{self.name} plans at the start: begin with a new session")
-            self._start = current.copy()
-        self._start = np.where(is_new, current, self._start)
+        known = self._start if len(self._start) == len(current) else np.full(len(current), -1)
+        starts = np.where(is_new, current, known)
+        if (starts < 0).any() or not visited[np.arange(len(starts)), starts].all():
+            raise ValueError(f"{self.name} plans at the start: begin with a new session")
+        self._start = starts
         rank = np.full(visited.shape, np.inf)
-        for episode, (row, start) in enumerate(zip(session, self._start, strict=True)):
+        for episode, (row, start) in enumerate(zip(session, starts, strict=True)):
             key = (int(row), int(start))
             if key not in self._order:
                 self._order[key] = self._plan(*key)
