@@ -291,11 +291,10 @@ def test_lagrange_knows_how_much_time_is_left_and_rate_index_does_not():
             assert found == pytest.approx(optimum(far_and_rich(), rules, [0])[0])
 
 
-@pytest.mark.xfail(strict=True, reason="a group is priced as if there were time to finish it")
 def test_lagrange_does_not_walk_to_a_grid_that_it_has_no_time_for():
     # In 8 minutes 9 holes here earn 5.4; the way to the rich grid takes all 8, two holes are 1.4.
-    # But 27 minutes there are worth 0.686 a minute: at any lower price they do not fit, and at that
-    # price nothing here is worth its minute (the gap of the relaxation: a group is not divisible).
+    # But 27 minutes there are worth 0.686 a minute: a price at which nothing here is worth its own,
+    # if the patch is not cut to what fits (the gap of the relaxation: a group is not divisible).
     rules = dataclasses.replace(RULES, budget_min=8)
     assert play("lagrange", [far_and_rich()], rules) == pytest.approx([9 * 0.6])
 

@@ -17,6 +17,7 @@ from envs.cryoem.types import BoolArray, FloatArray, IntArray, NavigationConfig,
 
 _NEWTON_STEPS = 25  # at most: three or four in a usual session, about one a logit of surprise
 _CONVERGED = 1e-3  # logits: the step that is shorter squares the error to below 1e-6
+_ROUNDING = np.float32(1e-4)  # of minutes that are sums of float32, in moves
 _BISECTIONS = 14  # price to 1e-4 of its range
 
 
@@ -222,41 +223,64 @@ class Worth:
     """Expected reward minus price x minutes of what is left, by patch (E, P), at each way in.
 
     ``patch[L]`` enters by a switch of level L (1 patch, 2 square, 3 grid) and then takes every hole
-    worth its minutes; -inf where nothing is left. The switch pays a lower reward, so a patch is
-    entered by the hole that loses least by it: the one next to the price, not the best one.
+    worth its minutes, as far as the minutes left go; -inf where nothing is left. The switch pays a
+    lower reward, so a patch is entered by the hole that loses least by it: the worst of those that
+    are taken, or the best of those that are not worth their minutes.
     """
 
     stay: FloatArray
     """Surplus if one is there already."""
     patch: tuple[FloatArray, FloatArray, FloatArray, FloatArray]
     """By ``Switch``; [HOLE] is ``stay`` again."""
+    entry: tuple[IntArray, IntArray, IntArray, IntArray]
+    """Rank of the hole that comes first, by ``Switch``: 0 is the most probable."""
     num_worth: FloatArray
-    """Holes worth their minutes."""
+    """Holes that are taken if one is there already."""
     minutes: FloatArray
     """Minutes of that patch's holes, entered from another patch of its square."""
 
 
-def worth(sorted_p: Sorted, price: FloatArray, config: NavigationConfig) -> Worth:
-    """Surpluses at a price (E, P) or (E, 1), reward per minute."""
+def num_in_time(minutes_left: FloatArray, config: NavigationConfig) -> IntArray:
+    """(4, ...) most holes that fit the minutes left (...), by the ``Switch`` of the first move.
+
+    A move starts while minutes are left, or none too many are spent; the last one may overrun.
+    """
+    t = np.array(config.minutes, np.float32).reshape(-1, *[1] * np.ndim(minutes_left))
+    after_first = np.floor((minutes_left - t) / t[0] + _ROUNDING) + 1
+    return 1 + np.maximum(after_first, 0).astype(np.int32)
+
+
+def worth(
+    sorted_p: Sorted, price: FloatArray, config: NavigationConfig, minutes_left: FloatArray
+) -> Worth:
+    """Surpluses at a price (E, P) or (E, 1), reward per minute, with ``minutes_left`` (E, 1)."""
     t, r = config.minutes, config.reward
+    most = num_in_time(minutes_left, config)
     cost = price.astype(np.float32) * np.float32(t[0])
-    num = (sorted_p.p > cost / np.float32(r[0])).sum(0, dtype=np.int32)
-    index = sorted_p.at(num)
-    stay = np.float32(r[0]) * sorted_p.sum_p.take(index) - num.astype(np.float32) * cost
-    below = sorted_p.p.take(index)
-    above = sorted_p.p.take(np.where(num > 0, index - num.size, index))
+    no_way = np.float32(-np.inf)
     is_empty = sorted_p.p[0] <= 0
-    patch = [stay]
-    no_swap = np.where(num > 0, cost, np.float32(-np.inf))
-    no_add = np.where(below > 0, np.float32(0), np.float32(-np.inf))
-    for level in (1, 2, 3):
-        swap = np.float32(r[level] - r[0]) * above + no_swap
-        way_in = np.maximum(swap, np.float32(r[level]) * below + no_add) - price * np.float32(
-            t[level]
-        )
-        patch.append(np.where(is_empty, np.float32(-np.inf), stay + way_in))
-    minutes = np.where(is_empty, 0, t[1] + t[0] * np.maximum(num - 1, 0)).astype(np.float32)
-    return Worth(stay=stay, patch=tuple(patch), num_worth=num, minutes=minutes)
+    worth_it = (sorted_p.p > cost / np.float32(r[0])).sum(0, dtype=np.int32)
+    num, patch, entry = [], [], []
+    for level in range(4):
+        n = np.minimum(worth_it, most[level])
+        index = sorted_p.at(n)
+        surplus = np.float32(r[0]) * sorted_p.sum_p.take(index) - n.astype(np.float32) * cost
+        rank = np.zeros_like(n)
+        if level > 0:
+            last = sorted_p.p.take(np.where(n > 0, index - n.size, index))
+            swap = np.where(n > 0, np.float32(r[level] - r[0]) * last + cost, no_way)
+            following = np.where(n < most[level], sorted_p.p.take(index), 0)
+            add = np.where(following > 0, np.float32(r[level]) * following, no_way)
+            surplus = surplus + np.maximum(swap, add) - price * np.float32(t[level])
+            surplus = np.where(is_empty, no_way, surplus)
+            rank = np.where(swap > add, n - 1, n)
+        num.append(n)
+        patch.append(surplus)
+        entry.append(rank)
+    minutes = np.where(is_empty, 0, t[1] + t[0] * np.maximum(num[1] - 1, 0)).astype(np.float32)
+    return Worth(
+        stay=patch[0], patch=tuple(patch), entry=tuple(entry), num_worth=num[0], minutes=minutes
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,7 +365,7 @@ def price_of_time(
     row = np.arange(len(minutes_left))
     for _ in range(_BISECTIONS):
         price = (low + high) / 2
-        value = worth(sorted_p, price[:, None], config)
+        value = worth(sorted_p, price[:, None], config, minutes_left[:, None])
         groups = group_worth(layout, value, config)
         minutes = (
             value.num_worth[row, place.patch] * config.minutes[0]

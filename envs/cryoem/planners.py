@@ -93,14 +93,15 @@ def rate_index(now: Situation, *, is_adaptive: bool = False) -> IntArray:
     believed = belief.believe(layout, now.visited, now.effects, is_adaptive=is_adaptive)
     sorted_p, place = Sorted.of(believed), Place.of(layout, now.current)
     highest = config.reward[0] / config.minutes[0]
+    left = now.minutes_left[:, None]
 
-    def solve(level: int) -> tuple[FloatArray, FloatArray]:
-        """(E, P) rate of the patch (1), its square (2) or its grid (3), and the patch's way in."""
+    def solve(level: int) -> tuple[FloatArray, FloatArray, IntArray]:
+        """(E, P) rate of the patch (1), its square (2) or grid (3), and its way in: worth, rank."""
         low = np.zeros(layout.patch_square.shape, np.float32)
         high = np.full_like(low, highest)
         for _ in range(_RATE_BISECTIONS):
             rate = (low + high) / 2
-            value = belief.worth(sorted_p, rate, config)
+            value = belief.worth(sorted_p, rate, config, left)
             groups = belief.group_worth(layout, value, config)
             surplus = (
                 value.patch[1],
@@ -109,33 +110,33 @@ def rate_index(now: Situation, *, is_adaptive: bool = False) -> IntArray:
             )[level - 1]
             is_too_cheap = surplus > 0
             low, high = np.where(is_too_cheap, rate, low), np.where(is_too_cheap, high, rate)
-        value = belief.worth(sorted_p, low, config)
+        value = belief.worth(sorted_p, low, config, left)
         has_holes = sorted_p.p[0] > 0
         way_in = value.patch[level] - np.maximum(value.patch[1], 0)
-        return np.where(has_holes, low, -1), np.where(has_holes, way_in, -np.inf)
+        return (
+            np.where(has_holes, low, -1),
+            np.where(has_holes, way_in, -np.inf),
+            value.entry[level],
+        )
 
     in_square = layout.patch_square == place.square[:, None]
     in_grid = layout.patch_grid == place.grid[:, None]
     where = (place.other_patch, in_grid & ~in_square, ~in_grid)
     best = believed.p[row, place.patch].max(-1)
     rates = [best * highest - (best <= 0)]
-    targets = [place.patch]
+    targets, ranks = [place.patch], [np.zeros_like(place.patch)]
     for level in (1, 2, 3):
-        rate, way_in = solve(level)
+        rate, way_in, entry = solve(level)
         rate = np.where(where[level - 1], rate, -1)
         top = rate.max(1)
         # Among the patches of the best group, the entry that loses least.
         targets.append(np.where(rate >= top[:, None], way_in, -np.inf).argmax(1))
+        ranks.append(entry[row, targets[-1]])
         rates.append(top)
     level = np.stack(rates, 1).argmax(1)
     patch = np.stack(targets, 1)[row, level]
-    p = believed.p[row, patch]
-    cost = np.stack(rates, 1).max(1) * config.minutes[0]
-    forgone = np.where(
-        (level == 0)[:, None], 0, np.maximum(config.reward[0] * p - cost[:, None], 0)
-    )
-    reward = np.array(config.reward)[level]
-    slot = np.where(p > 0, reward[:, None] * p - forgone, -np.inf).argmax(1)
+    p_target = sorted_p.p[np.stack(ranks, 1)[row, level], row, patch]
+    slot = (believed.p[row, patch] == p_target[:, None]).argmax(-1)
     return layout.slot_hole[row, patch, slot]
 
 

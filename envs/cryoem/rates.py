@@ -102,7 +102,7 @@ def candidate_rows(
     place = Place.of(layout, current)
     left = np.maximum(np.asarray(minutes_left, np.float32), np.float32(config.minutes[0]))
     price = belief.price_of_time(layout, sorted_p, place, left, config)
-    value = belief.worth(sorted_p, price[:, None], config)
+    value = belief.worth(sorted_p, price[:, None], config, left[:, None])
     groups = belief.group_worth(layout, value, config)
     own_patch, own_square = np.maximum(value.patch[1], 0), np.maximum(groups.square[0], 0)
 
@@ -155,13 +155,11 @@ def candidate_rows(
     loss = np.stack([np.zeros_like(stay), loss_patch, loss_square, loss_grid], 1)[:, level]
     behind = np.stack([np.zeros_like(stay), stay, in_square, in_grid], 1)[:, level]
 
-    # Staying takes the best hole; a switch pays less, so it lands on the one next to the price.
+    # Staying takes the best hole; a switch pays less, so it takes the one that loses least by it.
     p = believed.p[col, patch]  # (E, C, K)
-    hole_cost = (price * minutes[0])[:, None, None]
-    forgone = np.where((level == 0)[:, None], 0, np.maximum(reward[0] * p - hole_cost, 0))
-    score = np.where(p > 0, reward[level][:, None] * p - forgone, -np.inf)
-    slot = score.argmax(-1)
-    p_target = np.take_along_axis(p, slot[..., None], -1)[..., 0]
+    rank = np.stack(value.entry, -1)[col, patch, level]
+    p_target = sorted_p.p[rank, col, patch]
+    slot = (p == p_target[..., None]).argmax(-1)
     gain = reward[level] * p_target - price[:, None] * minutes[level]
     mask = (p_target > 0) & (surplus_group > -np.inf)
     mask &= _is_first(patch, mask)
