@@ -6,6 +6,7 @@ Shape letters: E episodes, K sessions drawn afresh, N holes, M moves of the long
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,6 +128,8 @@ class Contestant:
     """Holes visited last that it must be shown."""
     trained_on: tuple[str, ...] = ()
     """``content_hash`` of the sessions, as it saw them, that it was trained on."""
+    labels_seen: frozenset[str] = frozenset()
+    """``label_marks`` of what its training, its calibration or the choice of it has read."""
 
     def sees(self, table: HoleTable) -> HoleTable:
         """The table with the probabilities that this policy acts on."""
@@ -156,10 +159,15 @@ class Contestant:
         )
 
 
-def contestant(name: str, calibration: Calibration | None = None) -> Contestant:
+def contestant(
+    name: str,
+    calibration: Calibration | None = None,
+    labels_seen: frozenset[str] = frozenset(),
+) -> Contestant:
     """A planner by its name, or a trained policy from a run directory or an exported artefact.
 
-    A trained policy brings its own calibration; ``calibration`` is for planners.
+    A trained policy brings its own calibration; ``calibration``, and the marks of the labels that
+    it has seen, are for planners.
 
     Raises:
         ValueError: neither a planner nor a folder with a policy, or a policy that is damaged.
@@ -170,6 +178,7 @@ def contestant(name: str, calibration: Calibration | None = None) -> Contestant:
             name=name,
             make=lambda stack, config: make_planner(name, stack, config, effects),
             calibration=calibration,
+            labels_seen=labels_seen,
         )
     folder = _policy_folder(name)
     from ssl2rl_ray.algorithms.policy import Artefact  # torch: only where it is needed
@@ -182,6 +191,7 @@ def contestant(name: str, calibration: Calibration | None = None) -> Contestant:
         preset=_preset_of(artefact.rules),
         num_past_steps=artefact.rules.num_past_steps,
         trained_on=artefact.table_hashes,
+        labels_seen=artefact.labels_seen,
     )
 
 
@@ -273,15 +283,17 @@ def evaluate(
     dataset = read_dataset(data)
     table = dataset.table
     brought = read_calibration(calibration) if calibration else None
-    ours = contestant(policy, brought)
+    seen = _labels_behind(calibration) if calibration else frozenset[str]()
+    ours = contestant(policy, brought, seen)
     preset, config = rules_of(ours, preset, budget_min)
-    others = [contestant(name, brought or ours.calibration) for name in against]
+    others = [
+        contestant(name, brought or ours.calibration, seen if brought else ours.labels_seen)
+        for name in against
+    ]
     num_starts = num_episodes or (1 if num_sessions else 50)
     if num_sessions is None:
         truths = [_with_truth(dataset)]
-        in_sample = {
-            each.name: _is_in_sample(each, dataset, calibration) for each in (ours, *others)
-        }
+        in_sample = {each.name: _is_in_sample(each, dataset) for each in (ours, *others)}
         if not allow_in_sample and (found := [name for name, has in in_sample.items() if has]):
             raise ValueError(_IN_SAMPLE.format(name=found[0], data=data))
         start_hole = draw_starts(len(table), num_starts, seed)
@@ -397,32 +409,48 @@ _IN_SAMPLE = (
 )
 
 
-def _is_in_sample(each: Contestant, dataset: Dataset, folder: str | Path | None) -> bool:
-    """True where a calibration, or the training, has seen labels of the session.
+def label_marks(table: HoleTable) -> frozenset[str]:
+    """Name and Å of every labelled hole, hashed (12 hex digits each).
 
-    A policy's are known by hashes. The calibration of a ``folder`` is compared hole by hole, so
-    that a part of the session, or another import of it, is found out too.
+    What two tables share tells that they hold labels of one session, also where one is a part of
+    the other or was imported otherwise; the labels themselves are not given away.
     """
+    rows = table.is_labelled
+    pairs = zip(
+        table.hole_name[rows].tolist(), table.ctf_max_resolution_A[rows].tolist(), strict=True
+    )
+    return frozenset(
+        hashlib.blake2b(f"{name}={ctf!r}".encode(), digest_size=6).hexdigest()
+        for name, ctf in pairs
+    )
+
+
+def _labels_behind(folder: str | Path) -> frozenset[str]:
+    """Marks of the labels that the calibration of a dataset folder was fitted on."""
+    source = read_dataset(folder)
+    if source.manifest["provenance"].get("importer") == "synthetic":
+        return frozenset()  # its calibration is the model it was drawn from, not fitted on it
+    return label_marks(source.table)
+
+
+def _is_in_sample(each: Contestant, dataset: Dataset) -> bool:
+    """True where the probabilities, or the training, come from labels of the session.
+
+    Labels are compared hole by hole, so that a part of the session, or another import of it, is
+    found out too; the hashes of whole tables are for policies of old that carry no marks.
+    """
+    if each.calibration is None or each.calibration.input == "logit_p_low_ctf":
+        # It acts on the probabilities of the folder, which the import may have calibrated.
+        applied = dataset.manifest["provenance"].get("calibration_applied") or {}
+        if applied.get("num_shared_holes"):
+            return True
     if each.calibration is None:
         return False
     if each.calibration.fitted_on == dataset.table.content_hash:
         return True
     if each.sees(dataset.table).content_hash in each.trained_on:
         return True
-    if folder is None:
-        return False
-    source = read_dataset(folder)
-    if source.manifest["provenance"].get("importer") == "synthetic":
-        return False  # its calibration is the model it was drawn from, not fitted on it
-    return bool(_labels_of(source.table) & _labels_of(dataset.table))
-
-
-def _labels_of(table: HoleTable) -> set[tuple[str, float]]:
-    """Name and Å of every hole with a label."""
-    rows = table.is_labelled
-    return set(
-        zip(table.hole_name[rows].tolist(), table.ctf_max_resolution_A[rows].tolist(), strict=True)
-    )
+    return bool(each.labels_seen & label_marks(_with_truth(dataset)))
 
 
 def _starts_of_each(truths: Sequence[HoleTable], num_starts: int, seed: int) -> IntArray:

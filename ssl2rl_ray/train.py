@@ -33,6 +33,7 @@ from ssl2rl_ray.algorithms.networks import QNetwork, make_network
 from ssl2rl_ray.algorithms.policy import Artefact
 from ssl2rl_ray.config import NavigationRunConfig, navigation_config, to_dict, to_yaml
 from ssl2rl_ray.data.folder import read_dataset
+from ssl2rl_ray.evaluate import label_marks
 from ssl2rl_ray.runs import RunDirectory
 from ssl2rl_ray.tensorboard import TensorBoard
 
@@ -56,6 +57,8 @@ class Sessions:
     """Real sessions and grids that nothing is learned from."""
     base_logits: tuple[FloatArray, ...]
     """(N,) each: what labels of ``train`` are redrawn from."""
+    labels_seen: frozenset[str]
+    """``label_marks`` of every real label that a policy of this run depends on."""
 
     def draw(self, rng: np.random.Generator) -> HoleTable:
         """One session to train on, by ``config.sessions``; drawn ones may be without labels."""
@@ -111,28 +114,35 @@ def sessions_of(config: NavigationRunConfig) -> Sessions:
             validation.append(table.select(is_held_out))
     if unknown:
         raise ValueError(f"data.validation_grids: no grid {sorted(unknown)[0]!r} in data.train")
-    calibration = _calibration(config, train, rules)
+    calibration, fitted_on = _calibration(config, train, rules)
     return Sessions(
         config=config,
         calibration=calibration,
         train=tuple(calibration.apply(table) for table in train),
         validation=tuple(calibration.apply(table) for table in validation),
         base_logits=tuple(calibration.base_logit(table) for table in train),
+        labels_seen=frozenset().union(
+            *(label_marks(table) for table in (*train, *validation, *fitted_on))
+        ),
     )
 
 
 def _calibration(
     config: NavigationRunConfig, train: list[HoleTable], rules: NavigationConfig
-) -> Calibration:
-    """Of the folder that is named, else fitted on what is trained on, else the preset's."""
+) -> tuple[Calibration, list[HoleTable]]:
+    """Of the folder that is named, else fitted on what is trained on, else the preset's.
+
+    And the tables on whose labels it was fitted.
+    """
     if config.data.calibration is not None:
         dataset = read_dataset(config.data.calibration)
-        if dataset.calibration is not None:
-            return Calibration.from_json(dataset.calibration)
-        return fit_calibration(dataset.table, rules)
+        if dataset.calibration is None:
+            return fit_calibration(dataset.table, rules), [dataset.table]
+        is_model = dataset.manifest["provenance"].get("importer") == "synthetic"
+        return Calibration.from_json(dataset.calibration), [] if is_model else [dataset.table]
     if train:
-        return fit_calibration(_together(train), rules)
-    return synthetic_calibration(config.sessions.preset)
+        return fit_calibration(_together(train), rules), train
+    return synthetic_calibration(config.sessions.preset), []
 
 
 def _together(tables: list[HoleTable]) -> HoleTable:
@@ -391,6 +401,7 @@ def _artefact(config: NavigationRunConfig, weights: dict[str, torch.Tensor]) -> 
         is_dueling=config.algorithm.dueling,
         is_residual=config.algorithm.is_residual,
         table_hashes=tuple(table.content_hash for table in sessions.train),
+        labels_seen=sessions.labels_seen,
         name=config.algorithm.name,
     )
 

@@ -11,7 +11,15 @@ from envs.cryoem.stack import SessionStack
 from envs.cryoem.types import HoleTable, NavigationConfig
 from ssl2rl_ray.data.commands import read_calibration
 from ssl2rl_ray.data.folder import read_dataset, write_dataset
-from ssl2rl_ray.evaluate import METRICS, contestant, draw_starts, evaluate, format_report, roll_out
+from ssl2rl_ray.evaluate import (
+    METRICS,
+    contestant,
+    draw_starts,
+    evaluate,
+    format_report,
+    label_marks,
+    roll_out,
+)
 
 
 def toy() -> HoleTable:
@@ -182,6 +190,69 @@ def test_a_calibration_that_has_seen_the_labels_is_refused(aldolase_dir, tmp_pat
     report = evaluate("rate-index", **options, allow_in_sample=True)
     assert report["calibration"]["is_fitted_on_this_session"] is True
     assert "IN-SAMPLE" in format_report(report)
+
+
+def test_probabilities_that_an_import_calibrated_on_the_same_labels_are_refused(tmp_path, demo_dir):
+    provenance = {"importer": "cryorl", "calibration_applied": {"num_shared_holes": 6}}
+    table = toy().replace(predicted_ctf_A=np.arange(6.0))
+    write_dataset(table, tmp_path / "d", provenance=provenance)
+    options = {"data": tmp_path / "d", "budget_min": 9, "num_episodes": 2}
+    with pytest.raises(ValueError, match="has seen labels"):
+        evaluate("rate-index", **options)
+    report = evaluate("rate-index", **options, allow_in_sample=True)
+    assert report["calibration"]["is_fitted_on_this_session"] is True
+    # the calibration of another session takes the place of what the import wrote
+    assert evaluate("rate-index", **options, calibration=demo_dir)["episode_return"]["values"]
+
+
+@pytest.mark.parametrize("use", ["train", "validation_grids", "validation", "calibration"])
+def test_a_policy_that_has_read_the_labels_in_any_way_is_refused(tmp_path, demo_dir, use):
+    from ssl2rl_ray.algorithms.networks import make_network
+    from ssl2rl_ray.algorithms.policy import Artefact
+    from ssl2rl_ray.config import DataConfig, NavigationRunConfig, navigation_config
+    from ssl2rl_ray.train import sessions_of
+
+    source = read_dataset(demo_dir)
+    table, first_grid = source.table, str(source.table.grid_name[0])
+    train = save(table, tmp_path / "train", calibration=source.calibration)
+    data = {
+        "train": DataConfig(train=(train,)),
+        "validation_grids": DataConfig(train=(train,), validation_grids=(first_grid,)),
+        "validation": DataConfig(validation=(train,)),
+        "calibration": DataConfig(calibration=train),
+    }[use]
+    config = NavigationRunConfig(data=data)
+    sessions, rules = sessions_of(config), navigation_config(config.env)
+    assert sessions.labels_seen == label_marks(table)
+    artefact = Artefact(
+        weights=make_network(rules, SessionStack.of([table], rules)).state_dict(),
+        rules=rules,
+        calibration=sessions.calibration,
+        hidden_sizes=config.algorithm.hidden_sizes,
+        is_dueling=None,
+        is_residual=True,
+        labels_seen=sessions.labels_seen,
+    )
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    artefact.save(policy)
+    # a part of the session, with probabilities of its own: no hash of a table is the same
+    part = table.select(np.arange(40)).replace(p_low_ctf=np.full(40, 0.5))
+    seen = save(part, tmp_path / "part")
+    with pytest.raises(ValueError, match="has seen labels"):
+        evaluate(str(policy), data=seen, budget_min=9, num_episodes=2)
+    other = save(toy().replace(predicted_ctf_A=np.arange(6.0)), tmp_path / "other")
+    report = evaluate(str(policy), data=other, budget_min=9, num_episodes=2, against=["snowball"])
+    assert report["against"]["snowball"]["calibration"]["is_fitted_on_this_session"] is False
+
+
+def test_marks_tell_shared_labels_and_not_the_labels():
+    marks = label_marks(toy())
+    assert len(marks) == 6 and all(len(mark) == 12 for mark in marks)
+    assert label_marks(toy().select(np.array([1, 4]))) < marks
+    assert not label_marks(toy().replace(is_labelled=np.zeros(6, bool)))
+    other = toy().replace(ctf_max_resolution_A=toy().ctf_max_resolution_A + 0.01)
+    assert not label_marks(other) & marks
 
 
 def test_a_calibration_of_other_holes_is_welcome(aldolase_dir, demo_dir):

@@ -38,6 +38,7 @@ def artefact(feature_set, action_level="hole", seed=0):
         is_dueling=None,
         is_residual=False,
         table_hashes=("0123456789abcdef",),
+        labels_seen=frozenset({"0123456789ab"}),
     )
 
 
@@ -59,7 +60,7 @@ def test_a_saved_policy_chooses_the_same_unvisited_holes_on_other_sessions(
     made.save(tmp_path)
     loaded = Artefact.load(tmp_path)
     assert loaded.rules == made.rules and loaded.calibration == made.calibration
-    assert loaded.table_hashes == made.table_hashes
+    assert loaded.table_hashes == made.table_hashes and loaded.labels_seen == made.labels_seen
     stack = sessions(3, made.rules, seed=9)  # others, and larger
     first, second = made.make(stack), loaded.make(stack)
     for env, hole in drive(first, stack, made.rules):

@@ -46,6 +46,8 @@ class Artefact:
     is_residual: bool
     table_hashes: tuple[str, ...] = ()
     """Sessions that it was trained on, as far as they were real."""
+    labels_seen: frozenset[str] = frozenset()
+    """``ssl2rl_ray.evaluate.label_marks`` of all that was trained, calibrated or selected on."""
     name: str = "dqn"
 
     def save(self, folder: Path) -> None:
@@ -62,6 +64,7 @@ class Artefact:
             "is_dueling": self.is_dueling,
             "is_residual": self.is_residual,
             "table_hashes": list(self.table_hashes),
+            "labels_seen": sorted(self.labels_seen),
             "num_parameters": sum(value.numel() for value in weights.values()),
         }
         (folder / "policy.json").write_text(json.dumps(description, indent=1) + "\n")
@@ -94,6 +97,7 @@ class Artefact:
                 is_dueling=description["is_dueling"],
                 is_residual=description["is_residual"],
                 table_hashes=tuple(description["table_hashes"]),
+                labels_seen=frozenset(description.get("labels_seen", ())),
                 name=description["name"],
             )
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
