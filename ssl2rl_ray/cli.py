@@ -96,16 +96,17 @@ def _run(args: argparse.Namespace) -> None:
     config = load_config(args.config, overrides)
     if args.resume and not args.run_dir:
         raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
+    from ssl2rl_ray.train import data_hashes, train
+
+    hashes = data_hashes(config)  # before the folder is made: a mistake in the data leaves none
     folder = Path(args.run_dir or _new_run_dir(args.config))
     argv = ["ssl2rl", *args.argv]
     start = RunDirectory.resume if args.resume else RunDirectory.create
-    with start(folder, config, argv=argv) as run:
+    with start(folder, config, argv=argv, data_hashes=hashes) as run:
         again = [a for a in argv if a != "--resume"] + (
             [] if args.run_dir else ["--run-dir", folder]
         )
         args.resume_hint = shlex.join([*map(str, again), "--resume"])
-        from ssl2rl_ray.train import train
-
         with _Progress() as progress:
             total = config.training.num_env_steps
             bar = partial(_training_bar, progress, total) if progress.is_terminal else None

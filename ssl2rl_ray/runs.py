@@ -135,10 +135,11 @@ class RunDirectory:
                 + "\nresume with its own config.yaml, or start another --run-dir"
             )
         manifest = run.manifest
-        if data_hashes is not None and dict(data_hashes) != manifest["data_hashes"]:
+        begun_on = manifest["data_hashes"]  # empty: without data, or not noted
+        if data_hashes is not None and begun_on and dict(data_hashes) != begun_on:
             raise RunError(
-                f"{run.path} was begun on other data: {manifest['data_hashes']}, now "
-                f"{dict(data_hashes)}: start another --run-dir"
+                f"{run.path} was begun on other data: {begun_on}, now {dict(data_hashes)}: "
+                "start another --run-dir"
             )
         run._lock = _acquire_lock(run.path)
         run._mend_metrics()

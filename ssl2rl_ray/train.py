@@ -98,7 +98,8 @@ class Sessions:
 def sessions_of(config: NavigationRunConfig) -> Sessions:
     """Reads the datasets and fits (or takes) the calibration.
 
-    Raises ValueError for grids that are in no training session, or where none would be left.
+    Raises ValueError for grids that are in no training session, where none would be left, and for
+    a session of one hole.
     """
     rules, data = navigation_config(config.env), config.data
     train, validation = [], [read_dataset(path).table for path in data.validation]
@@ -114,6 +115,8 @@ def sessions_of(config: NavigationRunConfig) -> Sessions:
             validation.append(table.select(is_held_out))
     if unknown:
         raise ValueError(f"data.validation_grids: no grid {sorted(unknown)[0]!r} in data.train")
+    if any(len(table) < 2 for table in (*train, *validation)):
+        raise ValueError("data: a session (or its part in validation_grids) has only one hole")
     calibration, fitted_on = _calibration(config, train, rules)
     return Sessions(
         config=config,
@@ -125,6 +128,14 @@ def sessions_of(config: NavigationRunConfig) -> Sessions:
             *(label_marks(table) for table in (*train, *validation, *fitted_on))
         ),
     )
+
+
+def data_hashes(config: NavigationRunConfig) -> dict[str, str]:
+    """``content_hash`` by path of all that a run reads; raises as ``sessions_of`` does."""
+    sessions_of(config)
+    data = config.data
+    paths = (*data.train, *data.validation, *([data.calibration] if data.calibration else []))
+    return {path: read_dataset(path).table.content_hash for path in paths}
 
 
 def _calibration(

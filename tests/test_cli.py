@@ -227,6 +227,38 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 # ---- run -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.train=[nowhere]"], "nowhere does not exist"),
+        (["data.train=[{demo}]", "data.validation_grids=[g]"], "no grid 'g' in data.train"),
+        (["data.calibration={toy}"], "cannot calibrate"),
+        (["data.validation=[{toy}]"], "only one hole"),
+    ],
+)
+def test_a_mistake_in_the_data_leaves_no_run_behind(demo_dir, tmp_path, capsys, settings, message):
+    toy = tmp_path / "toy"
+    labels = tmp_path / "labels.csv"
+    labels.write_text(HOLE.format(patch=1, hole=1) + ",1,1,4,0.9\n")
+    assert call("import", "cryorl", "--labels", labels, "--out", toy) == 0
+    words = [w for s in settings for w in ("--set", s.format(demo=demo_dir, toy=toy))]
+    assert call("run", SMOKE, *words, "--run-dir", tmp_path / "run") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_hash_of_all_data_goes_into_the_manifest(demo_dir, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("ssl2rl_ray.train.train", stop)
+    words = ["run", SMOKE, "--run-dir", tmp_path / "run", "--set", f"data.train=[{demo_dir}]"]
+    assert call(*words) == 2
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    expected = json.loads((demo_dir / "manifest.json").read_text())["content_hash"]
+    assert manifest["data_hashes"] == {str(demo_dir): expected}
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_from_start_to_plan(demo_dir, tmp_path, capsys):
