@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        for path in (args.json, getattr(args, "map", None), args.command == "plan" and args.out):
+            if path and path != "-":
+                _check_can_be_written(Path(path))
         return args.handler(args) or 0
     except KeyboardInterrupt:
         hint = getattr(args, "resume_hint", None)
@@ -288,6 +291,17 @@ def _emit(json_path: str | None, result: dict[str, Any], text: str) -> None:
         write_text(Path(json_path), document)
 
 
+def _check_can_be_written(path: Path) -> None:
+    """Raises ValueError where a result could not be written, before any work is done for it."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"cannot write {path}: {above} is a file, not a folder")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"cannot write {path}: the folder {above} is read-only for you")
+
+
 def write_text(path: Path, text: str) -> None:
     """``write_bytes`` in UTF-8."""
     write_bytes(path, text.encode())
@@ -295,6 +309,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all: under a temporary name in its folder, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         partial.write_bytes(data)

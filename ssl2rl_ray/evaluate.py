@@ -109,9 +109,7 @@ def roll_out(
 
 def draw_starts(num_holes: int, num_episodes: int, seed: int) -> IntArray:
     """(E,) start holes, by the rule under which the peer's figures were made."""
-    if num_holes < 2:
-        raise ValueError(f"an episode needs at least 2 holes; this session has {num_holes}")
-    return np.random.RandomState(seed).randint(0, num_holes - 1, num_episodes)
+    return _starts_of_each([num_holes], num_episodes, seed)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -304,7 +302,7 @@ def evaluate(
             truths = [draw_session(rng, synthetic_preset) for rng in rngs]
         else:
             truths = redraw(table, ours.calibration or brought, config, rngs)
-        start_hole = _starts_of_each(truths, num_starts, seed)
+        start_hole = _starts_of_each([len(truth) for truth in truths], num_starts, seed)
     session = np.repeat(np.arange(len(truths)), num_starts)
     best = optimum_of_each(truths, config, session, start_hole)
 
@@ -453,10 +451,12 @@ def _is_in_sample(each: Contestant, dataset: Dataset) -> bool:
     return bool(each.labels_seen & label_marks(_with_truth(dataset)))
 
 
-def _starts_of_each(truths: Sequence[HoleTable], num_starts: int, seed: int) -> IntArray:
-    """(K * num_starts,) by the rule of ``draw_starts``, one generator over all sessions."""
+def _starts_of_each(num_holes: Sequence[int], num_starts: int, seed: int) -> IntArray:
+    """(K * num_starts,) by the rule of ``draw_starts``, one generator over all K sessions."""
+    if (fewest := min(num_holes)) < 2:
+        raise ValueError(f"an episode needs at least 2 holes; this session has {fewest}")
     rng = np.random.RandomState(seed)
-    return np.concatenate([rng.randint(0, len(truth) - 1, num_starts) for truth in truths])
+    return np.concatenate([rng.randint(0, n - 1, num_starts) for n in num_holes])
 
 
 def _by_unit(values: FloatArray, num_sessions: int) -> FloatArray:

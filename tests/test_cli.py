@@ -210,6 +210,21 @@ def test_plan_writes_csv_map_and_json(demo_dir, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["map.png", "plan.csv"]
 
 
+@pytest.mark.parametrize("option", ["--json", "--map", "--out"])
+def test_where_nothing_can_be_written_nothing_is_begun(demo_dir, tmp_path, capsys, option):
+    words = ["plan", "lagrange", "--data", demo_dir, "--budget-min", 30]
+    words += [] if option == "--out" else ["--out", tmp_path / "plan.csv"]
+    file = tmp_path / "file"
+    file.touch()
+    assert call(*words, option, file / "x") == 2
+    assert f"{file} is a file, not a folder" in capsys.readouterr().err
+    assert call(*words, option, tmp_path) == 2
+    assert f"{tmp_path} is a folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file]
+    assert call(*words, option, tmp_path / "new" / "below" / "x") == 0  # folders are made
+    assert (tmp_path / "new" / "below" / "x").stat().st_size > 0
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "plan.csv"
     path.write_text("old")

@@ -283,6 +283,13 @@ def test_one_hole_is_no_session():
         draw_starts(1, 5, 0)
 
 
+def test_one_hole_is_no_session_to_redraw_either(tmp_path, aldolase_dir):
+    one = read_dataset(aldolase_dir).table.select(np.array([3]))
+    options = {"data": save(one, tmp_path / "one"), "calibration": aldolase_dir}
+    with pytest.raises(ValueError, match="at least 2 holes"):
+        evaluate("rate-index", **options, num_sessions=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "cryorl", "leginon-2021"])
 def test_planners_rank_as_they_should_on_the_real_session(aldolase_dir, preset):

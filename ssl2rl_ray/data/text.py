@@ -182,6 +182,8 @@ def _read_bytes(name: str, what: str) -> bytes:
             data = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise DataError(f"{what}: there is no file {name}: check the path") from None
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{what}: cannot read {name!r}: {error}") from error
     if len(data) > MAX_BYTES:
