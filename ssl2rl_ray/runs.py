@@ -330,9 +330,9 @@ class RunDirectory:
 
     @property
     def latest(self) -> Path | None:
-        """Folder of the last checkpoint; None = none yet."""
-        entries = self.checkpoints
-        return self.path / "checkpoints" / entries[-1]["name"] if entries else None
+        """Folder of the last checkpoint that is there; None = none yet."""
+        folders = [self.path / "checkpoints" / entry["name"] for entry in self.checkpoints]
+        return next((folder for folder in reversed(folders) if folder.is_dir()), None)
 
     @property
     def best(self) -> Path | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import pickle
 import signal
 import sys
 import threading
@@ -332,8 +333,7 @@ def train(
         )
         stack.callback(algorithm.stop)
         if run.latest is not None:
-            state = torch.load(run.latest / "state.pt", weights_only=True)
-            algorithm.restore_checkpoint(state)
+            algorithm.restore_checkpoint(_read_state(run.latest))
         first_step = algorithm.num_env_steps
         validation = Validation(config)
         board = stack.enter_context(
@@ -358,6 +358,18 @@ def train(
             if interrupted.is_set():
                 raise KeyboardInterrupt
         return _finish(run, algorithm)
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """What ``_look`` wrote; raises ValueError where it is damaged."""
+    try:
+        return torch.load(checkpoint / "state.pt", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise ValueError(
+            f"{checkpoint} is damaged ({reason}): remove that folder and resume again, from the "
+            "checkpoint before it"
+        ) from error
 
 
 def _look(

@@ -144,7 +144,7 @@ def test_config_check_says_everything_that_is_wrong(tmp_path, capsys):
         ["evaluate", "snowbal", "--data", "DATA"],
         ["evaluate", "DATA", "--data", "DATA"],
         ["evaluate", "snowball", "--data", SMOKE],
-        ["plan", "snowball", "--data", "DATA", "--budget-min", "9", "--out", "no/such/plan.csv"],
+        ["plan", "snowball", "--data", "DATA", "--budget-min", "9", "--out", "/dev/null/plan.csv"],
         ["plan", "oracle", "--data", "DATA", "--budget-min", "9", "--out", "RUN"],
         ["plan", "snowball", "--data=DATA", "--budget-min=9", "--out=RUN", "--start-hole=x"],
     ],

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import warnings
 
@@ -374,6 +375,24 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
     assert (metrics["train/epsilon"].dropna().diff().dropna() <= 0).all()
     updates = metrics["train/num_updates"].dropna()
     assert updates.is_monotonic_increasing and updates.iloc[-1] == summary["num_updates"]
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path):
+    config = run_config()
+    with RunDirectory.create(tmp_path / "run", config) as run:
+        train(config, run, progress=lambda row: None)
+        latest = run.latest
+    state = latest / "state.pt"
+    for damaged in (state.read_bytes()[:400], b"", b"nothing of the kind"):
+        state.write_bytes(damaged)
+        with (
+            pytest.raises(ValueError, match=r"step-\d+ is damaged .*remove that folder"),
+            RunDirectory.resume(tmp_path / "run", config) as run,
+        ):
+            train(config, run, progress=lambda row: None)
+    shutil.rmtree(latest)
+    with RunDirectory.resume(tmp_path / "run", config) as run:
+        assert train(config, run, progress=lambda row: None)["num_env_steps"] >= 600
 
 
 def test_a_whole_run_repeats_itself(tmp_path):

@@ -173,12 +173,19 @@ def test_damaged_and_foreign_folders_are_told_apart(tmp_path):
 
     with pytest.raises(ArtefactError, match="update ssl2rl-ray"):
         Artefact.load(written(format_version=99))
+    with pytest.raises(ArtefactError, match="version one"):
+        Artefact.load(written(format_version="one"))
     with pytest.raises(ArtefactError, match="is damaged"):
         Artefact.load(written(rules={"minutes": [1, 2, 3, 4]}))
     loaded = Artefact.load(written(hidden_sizes=[8]))
     with pytest.raises(ArtefactError, match="weights and description differ"):
         loaded.make(sessions(1, loaded.rules))
+    for text in ("[]", "[1]", "7", '"x"', "null"):
+        (tmp_path / "policy.json").write_text(text)
+        with pytest.raises(ArtefactError):
+            Artefact.load(tmp_path)
     written()
+    assert (tmp_path / "policy.safetensors").stat().st_mode & 0o077  # others may read it
     (tmp_path / "policy.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ArtefactError):
         Artefact.load(tmp_path)

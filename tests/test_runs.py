@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,8 @@ def test_latest_best_and_a_bounded_number(tmp_path: Path) -> None:
         again = run.save_checkpoint(50, fill("again"), num_kept=1)  # the same steps once more
         assert run.latest == again and (again / "weights").read_text() == "again"
         assert len(run.checkpoints) == 2
+        shutil.rmtree(again)  # by a user, because it was damaged
+        assert run.latest == path.parent / run.checkpoints[0]["name"]
 
 
 def test_a_failed_checkpoint_or_policy_leaves_the_earlier_one(tmp_path: Path) -> None:

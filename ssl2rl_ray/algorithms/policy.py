@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from envs.cryoem.calibration import Calibration
@@ -53,7 +53,8 @@ class Artefact:
     def save(self, folder: Path) -> None:
         """Writes both files; the folder exists."""
         weights = {name: value.detach().cpu().contiguous() for name, value in self.weights.items()}
-        save_file(weights, folder / "policy.safetensors")
+        # not `save_file`: it makes a file that nobody but its owner may read
+        (folder / "policy.safetensors").write_bytes(save(weights))
         description = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -73,13 +74,14 @@ class Artefact:
     def load(cls, folder: Path) -> Self:
         """Reads both files; raises ArtefactError where they are no policy of ours."""
         try:
-            description: dict[str, Any] = json.loads((folder / "policy.json").read_text())
-        except (OSError, ValueError) as error:
+            description: dict[str, Any] = dict(json.loads((folder / "policy.json").read_text()))
+        except (OSError, TypeError, ValueError) as error:
             raise ArtefactError(
                 f"{folder} is not an exported policy ({error}): give the `policy` folder of a run"
             ) from error
         version = description.get("format_version", 0)
-        if description.get("format") != FORMAT or version > FORMAT_VERSION:
+        is_known = isinstance(version, int) and version <= FORMAT_VERSION
+        if description.get("format") != FORMAT or not is_known:
             raise ArtefactError(
                 f"{folder}: format {description.get('format')!r} version {version}; this program "
                 f"reads {FORMAT!r} up to {FORMAT_VERSION}: update ssl2rl-ray"
