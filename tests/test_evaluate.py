@@ -8,6 +8,7 @@ import pytest
 
 from envs.cryoem.planners import NAMES
 from envs.cryoem.stack import SessionStack
+from envs.cryoem.synthetic import draw_session
 from envs.cryoem.types import HoleTable, NavigationConfig
 from ssl2rl_ray.data.commands import read_calibration
 from ssl2rl_ray.data.folder import read_dataset, write_dataset
@@ -253,6 +254,19 @@ def test_marks_tell_shared_labels_and_not_the_labels():
     assert not label_marks(toy().replace(is_labelled=np.zeros(6, bool)))
     other = toy().replace(ctf_max_resolution_A=toy().ctf_max_resolution_A + 0.01)
     assert not label_marks(other) & marks
+    assert (
+        not label_marks(toy().replace(patch_name=np.array(["p0", "p3", "p4"])))
+        & marks
+        & set(label_marks(toy().select(np.array([3, 4, 5]))))
+    )
+
+
+def test_sessions_drawn_apart_share_no_more_labels_than_by_chance(tmp_path):
+    # 40 pairs of the same preset, whose holes have the same names and Å rounded to 0.01
+    tables = [draw_session(np.random.default_rng(seed), "demo") for seed in range(41)]
+    marks = [label_marks(table) for table in tables]
+    shared = [len(a & b) / len(b) for a, b in zip(marks, marks[1:], strict=False)]
+    assert max(shared) < 0.005
 
 
 def test_a_calibration_of_other_holes_is_welcome(aldolase_dir, demo_dir):
