@@ -1,6 +1,7 @@
 """Returns by hand, pairing, the exact optimum, and calibrations that have seen the labels."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -254,18 +255,15 @@ def test_marks_tell_shared_labels_and_not_the_labels():
     assert not label_marks(toy().replace(is_labelled=np.zeros(6, bool)))
     other = toy().replace(ctf_max_resolution_A=toy().ctf_max_resolution_A + 0.01)
     assert not label_marks(other) & marks
-    assert (
-        not label_marks(toy().replace(patch_name=np.array(["p0", "p3", "p4"])))
-        & marks
-        & set(label_marks(toy().select(np.array([3, 4, 5]))))
-    )
+    moved = toy().replace(patch_name=np.array(["a", "b", "c"]))
+    assert not label_marks(moved) & marks
 
 
-def test_sessions_drawn_apart_share_no_more_labels_than_by_chance(tmp_path):
+def test_sessions_drawn_apart_share_no_more_labels_than_by_chance():
     # 40 pairs of the same preset, whose holes have the same names and Å rounded to 0.01
     tables = [draw_session(np.random.default_rng(seed), "demo") for seed in range(41)]
     marks = [label_marks(table) for table in tables]
-    shared = [len(a & b) / len(b) for a, b in zip(marks, marks[1:], strict=False)]
+    shared = [len(a & b) / len(b) for a, b in pairwise(marks)]
     assert max(shared) < 0.005
 
 
