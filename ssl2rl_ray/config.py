@@ -104,8 +104,17 @@ class DQNConfig:
     None: as the feature set allows: ``rates`` yes; ``paper`` and ``cryorl`` no, there a gradient
     flows through the chosen hole's row alone.
     """
-    is_residual: bool = True
-    """``rates``: A(row) begins as the planner's surplus of the row plus an MLP that begins at 0."""
+    is_residual: bool | None = None
+    """A(row) begins as the planner's surplus of the row plus an MLP that begins at 0.
+
+    None: as the feature set allows: ``rates`` yes; ``paper`` and ``cryorl`` have no planner.
+    """
+    margin: float = 0.0
+    """Residual: how much more reward a move must promise than the planner's own to be preferred.
+
+    Where the values say less than that, the planner's move is kept, so that their errors are not
+    taken for improvements (after Laroche et al. 2019, arXiv:1712.06924). 0: greedy.
+    """
     is_shaped: bool | None = None
     """Learn only what the dual bound of the reward still to come does not foresee.
 
@@ -486,8 +495,16 @@ def _problems(config: NavigationRunConfig) -> Iterator[str]:
     if (budgets := sessions.budget_range_min) and not 0 < budgets[0] <= budgets[1]:
         yield f"sessions.budget_range_min: expected 0 < low <= high, found {list(budgets)}"
     algorithm, training = config.algorithm, config.training
-    if algorithm.is_shaped and rules.feature_set != "rates":
-        yield f"algorithm.is_shaped: the bound is in env.feature_set rates, not {rules.feature_set}"
+    if rules.feature_set != "rates":
+        if algorithm.is_shaped:
+            yield f"algorithm.is_shaped: the bound is in feature_set rates, not {rules.feature_set}"
+        if algorithm.is_residual:
+            yield (
+                "algorithm.is_residual: the planner's surplus is in feature_set rates, not "
+                f"{rules.feature_set}"
+            )
+    if algorithm.margin > 0 and (rules.feature_set != "rates" or algorithm.is_residual is False):
+        yield "algorithm.margin: needs the planner: feature_set rates, and is_residual not false"
     if algorithm.final_learning_rate > algorithm.learning_rate:
         yield "algorithm.final_learning_rate: is above algorithm.learning_rate, from which it falls"
     if algorithm.epsilon_final > algorithm.epsilon_initial:
@@ -527,6 +544,7 @@ _ABOVE_ZERO = {
 _ZERO_OR_MORE = {
     "sessions": ("real", "redrawn", "synthetic", "unlabelled"),
     "algorithm": (
+        "margin",
         "final_learning_rate",
         "learning_starts",
         "epsilon_initial",

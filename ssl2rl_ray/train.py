@@ -229,8 +229,9 @@ def network_for(config: NavigationRunConfig, stack: SessionStack | None) -> QNet
         stack,
         hidden_sizes=algorithm.hidden_sizes,
         is_dueling=algorithm.dueling,
-        is_residual=algorithm.is_residual,
+        is_residual=is_residual(config),
         prior_scale=algorithm.reward_scale,
+        margin=algorithm.margin * algorithm.reward_scale,
     )
 
 
@@ -239,11 +240,20 @@ def training_network(config: NavigationRunConfig) -> QNetwork:
     return network_for(config, session_pool(config))
 
 
+def is_residual(config: NavigationRunConfig) -> bool:
+    """Whether the network begins as the planner: as asked, else where the rows carry it."""
+    asked = config.algorithm.is_residual
+    return _has_rates(config) if asked is None else asked
+
+
 def is_shaped(config: NavigationRunConfig) -> bool:
-    """Whether the dual bound shapes the reward: where ``rates`` observations carry it."""
-    if config.algorithm.is_shaped is None:
-        return navigation_config(config.env).feature_set == "rates"
-    return config.algorithm.is_shaped
+    """Whether the dual bound shapes the reward: as asked, else where the rows carry it."""
+    asked = config.algorithm.is_shaped
+    return _has_rates(config) if asked is None else asked
+
+
+def _has_rates(config: NavigationRunConfig) -> bool:
+    return navigation_config(config.env).feature_set == "rates"
 
 
 def dual_bound(observation: dict[str, np.ndarray]) -> FloatArray:
@@ -422,7 +432,8 @@ def _artefact(config: NavigationRunConfig, weights: dict[str, torch.Tensor]) -> 
         calibration=sessions.calibration,
         hidden_sizes=config.algorithm.hidden_sizes,
         is_dueling=config.algorithm.dueling,
-        is_residual=config.algorithm.is_residual,
+        is_residual=is_residual(config),
+        margin=config.algorithm.margin * config.algorithm.reward_scale,
         table_hashes=tuple(table.content_hash for table in sessions.train),
         labels_seen=sessions.labels_seen,
         name=config.algorithm.name,

@@ -240,6 +240,32 @@ def test_untrained_residual_candidates_play_the_prior():
     assert not torch.equal(free.argmax(1), prior.argmax(1))
 
 
+def test_the_planners_move_is_left_only_for_one_that_is_worth_more_than_the_margin():
+    torch.manual_seed(0)
+    network = CandidateNetwork(6, prior_column=2, margin=0.3)
+    torch.nn.init.normal_(network.advantage.weight)
+    rows = torch.randn(200, 7, 6)
+    mask = (torch.rand(200, 7) < 0.6).to(torch.int8)
+    mask[0] = 0
+    observation = {"rows": rows, "action_mask": mask}
+    q, preference = network(observation), network.preference(observation)
+    assert torch.equal(preference.isfinite(), mask.bool()) and preference[0].isneginf().all()
+    q, preference, rows, mask = q[1:], preference[1:], rows[1:], mask[1:].bool()
+    keep = mask.any(1)
+    q, preference, prior = (
+        q[keep],
+        preference[keep],
+        rows[keep, :, 2].masked_fill(~mask[keep], -torch.inf),
+    )
+    planned = prior.argmax(1, keepdim=True)
+    gain = q.max(1).values - q.gather(1, planned)[:, 0]
+    assert torch.equal(preference.argmax(1) == planned[:, 0], gain <= 0.3)
+    assert (gain > 0.3).any() and ((gain > 0) & (gain <= 0.3)).any()
+    network.margin = 0.0
+    greedy = network.preference(observation)
+    assert torch.equal(greedy, network(observation))
+
+
 def test_dueling_advantages_are_centred_over_allowed_rows():
     torch.manual_seed(0)
     network = CandidateNetwork(4)

@@ -37,6 +37,7 @@ def artefact(feature_set, action_level="hole", seed=0):
         hidden_sizes=(64, 64),
         is_dueling=None,
         is_residual=False,
+        margin=0.25,
         table_hashes=("0123456789abcdef",),
         labels_seen=frozenset({"0123456789ab"}),
     )
@@ -59,10 +60,13 @@ def test_a_saved_policy_chooses_the_same_unvisited_holes_on_other_sessions(
     made = artefact(feature_set, action_level)
     made.save(tmp_path)
     loaded = Artefact.load(tmp_path)
+    assert loaded.margin == 0.25
     assert loaded.rules == made.rules and loaded.calibration == made.calibration
     assert loaded.table_hashes == made.table_hashes and loaded.labels_seen == made.labels_seen
     stack = sessions(3, made.rules, seed=9)  # others, and larger
     first, second = made.make(stack), loaded.make(stack)
+    if feature_set == "rates":
+        assert second.network.margin == 0.25
     for env, hole in drive(first, stack, made.rules):
         observation = env.compact_observation()
         assert np.array_equal(second.act(observation, np.random.default_rng(1)), hole)

@@ -74,21 +74,23 @@ class NavigationModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetworkAP
         return {"qf_preds": self.network(batch[Columns.OBS])}
 
     def _forward_inference(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
-        with torch.no_grad():
-            return {Columns.ACTIONS: epsilon_greedy(self.network(batch[Columns.OBS]), 0.0)}
+        return {Columns.ACTIONS: epsilon_greedy(self._preference(batch), 0.0)}
 
     def _forward_exploration(self, batch: dict[str, Any], t: int = 0, **_: Any) -> dict[str, Any]:
-        with torch.no_grad():
-            epsilon = linear_epsilon(self.epsilon, t)
-            return {Columns.ACTIONS: epsilon_greedy(self.network(batch[Columns.OBS]), epsilon)}
+        epsilon = linear_epsilon(self.epsilon, t)
+        return {Columns.ACTIONS: epsilon_greedy(self._preference(batch), epsilon)}
+
+    @torch.no_grad()
+    def _preference(self, batch: dict[str, Any]) -> Tensor:
+        return self.network.preference(self.network.expand(batch[Columns.OBS]))
 
     def _forward_train(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Values of the taken actions, with gradient, and of the states reached, without."""
         with torch.no_grad():
             reached = self.network.expand(batch[Columns.NEXT_OBS])
             q_t = self.target_network.score(reached)
-            q_t_selector = self.network.score(reached) if self.is_double else q_t
+            selector = self.network if self.is_double else self.target_network
         return {
             Q_TM1: self.network.taken(batch[Columns.OBS], batch[Columns.ACTIONS]),
-            V_T: bootstrap_value(q_t, q_t_selector),
+            V_T: bootstrap_value(q_t, selector.preference(reached)),
         }

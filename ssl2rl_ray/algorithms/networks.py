@@ -4,7 +4,8 @@ Shape letters: B batch, A actions, C candidate rows or cells, F features, H hidd
 P patches. Every network maps an observation (a dict of tensors with B first) to action values
 (B, A), -inf where an action is not allowed, in two steps: ``expand`` (no weights, so what it gives
 serves a target network too) and ``score``. ``taken`` has the values of given actions only, with the
-gradient that learning needs. ``make_network`` makes the one that a config asks for.
+gradient that learning needs; ``preference`` is what the policy maximises. ``make_network`` makes
+the one that a config asks for.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class CandidateNetwork(nn.Module):
 
     Dueling: Wang et al. 2016, arXiv:1511.06581, eq. 9. With ``prior_column`` the advantage is
     ``scale`` times that feature (what a planner thinks of the row; the scale is learned) plus an
-    MLP whose last layer begins at zero: untrained, the policy plays as the planner does, and
-    learning departs from it only where that pays.
+    MLP whose last layer begins at zero: untrained, the policy plays as the planner does. It departs
+    from the planner's move only for one whose value is higher by more than ``margin``: errors of
+    the values are not taken for improvements.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class CandidateNetwork(nn.Module):
         is_dueling: bool = True,
         prior_column: int | None = None,
         prior_scale: float = 1.0,
+        margin: float = 0.0,
     ) -> None:
         """Makes the layers; raises ValueError if the prior is not one of the features."""
         super().__init__()
@@ -56,7 +59,7 @@ class CandidateNetwork(nn.Module):
             raise ValueError(f"prior_column: {prior_column} is not one of {num_features} features")
         if not hidden_sizes:
             raise ValueError("hidden_sizes: at least one hidden layer is needed")
-        self.prior_column = prior_column
+        self.prior_column, self.margin = prior_column, margin
         self.body = nn.Sequential(*mlp((num_features, *hidden_sizes), 1)[:-1])
         # Centring cancels a constant: under dueling the advantage needs no bias.
         self.advantage = nn.Linear(hidden_sizes[-1], 1, bias=not is_dueling)
@@ -87,6 +90,16 @@ class CandidateNetwork(nn.Module):
             pooled = torch.einsum("bc,bch->bh", part, hidden)
             q = self.value(pooled) + q - (part * q).sum(dim=1, keepdim=True)
         return q.masked_fill(~is_allowed, -torch.inf)
+
+    def preference(self, observation: Observation) -> Tensor:
+        """(B, C) action values, that of the planner's own move (B,) raised by the margin."""
+        q = self.score(observation)
+        if self.prior_column is None or self.margin == 0:
+            return q
+        is_allowed = observation["action_mask"].bool()
+        prior = observation["rows"][..., self.prior_column].masked_fill(~is_allowed, -torch.inf)
+        move = prior.argmax(dim=1, keepdim=True)
+        return q.scatter_add(1, move, torch.full_like(move, self.margin, dtype=q.dtype))
 
     def taken(self, observation: Observation, action: Tensor) -> Tensor:
         """(B,) values of the candidates (B,) int64."""
@@ -151,6 +164,10 @@ class HoleNetwork(nn.Module):
         ).view(batch, -1)
         return q.gather(1, table("hole_cell", session)).masked_fill(~is_allowed, -torch.inf)
 
+    def preference(self, expanded: Expanded) -> Tensor:
+        """The action values."""
+        return self.score(expanded)
+
     def taken(self, observation: Observation, action: Tensor) -> Tensor:
         """(B,) values of holes or patches (B,) int64; only their rows are computed."""
         expanded = self.expand(observation)
@@ -198,11 +215,13 @@ def make_network(
     is_dueling: bool | None = None,
     is_residual: bool = True,
     prior_scale: float = 1.0,
+    margin: float = 0.0,
 ) -> QNetwork:
     """The network for a feature set; ``stack`` is needed for those per hole.
 
-    ``is_residual`` concerns ``rates`` alone; ``prior_scale`` is where its scale begins: the prior
-    is in units of reward, action values in those times ``reward_scale``. Raises ValueError where
+    ``is_residual`` and ``margin`` concern ``rates`` alone; ``prior_scale`` is where its scale
+    begins: the prior is in units of reward, action values and margin in those times
+    ``reward_scale``. Raises ValueError where
     ``is_dueling`` is asked of a network that learns from the taken row only.
     """
     if config.feature_set == "rates":
@@ -214,6 +233,7 @@ def make_network(
             is_dueling=is_dueling is not False,
             prior_column=PRIOR_COLUMN if is_residual else None,
             prior_scale=prior_scale,
+            margin=margin,
         )
     if is_dueling:
         raise ValueError(

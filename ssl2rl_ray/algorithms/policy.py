@@ -44,6 +44,8 @@ class Artefact:
     hidden_sizes: tuple[int, ...]
     is_dueling: bool | None
     is_residual: bool
+    margin: float = 0.0
+    """Of action values (networks.py)."""
     table_hashes: tuple[str, ...] = ()
     """Sessions that it was trained on, as far as they were real."""
     labels_seen: frozenset[str] = frozenset()
@@ -64,6 +66,7 @@ class Artefact:
             "hidden_sizes": list(self.hidden_sizes),
             "is_dueling": self.is_dueling,
             "is_residual": self.is_residual,
+            "margin": self.margin,
             "table_hashes": list(self.table_hashes),
             "labels_seen": sorted(self.labels_seen),
             "num_parameters": sum(value.numel() for value in weights.values()),
@@ -98,6 +101,7 @@ class Artefact:
                 hidden_sizes=tuple(description["hidden_sizes"]),
                 is_dueling=description["is_dueling"],
                 is_residual=description["is_residual"],
+                margin=description.get("margin", 0.0),
                 table_hashes=tuple(description["table_hashes"]),
                 labels_seen=frozenset(description.get("labels_seen", ())),
                 name=description["name"],
@@ -119,6 +123,7 @@ class Artefact:
             hidden_sizes=self.hidden_sizes,
             is_dueling=self.is_dueling,
             is_residual=self.is_residual,
+            margin=self.margin,
         )
         try:
             network.load_state_dict(self.weights)
@@ -184,5 +189,6 @@ class TorchPolicy:
 
     def _greedy(self, observation: Observation) -> IntArray:
         with torch.no_grad():
-            q = self.network({key: torch.as_tensor(value) for key, value in observation.items()})
-        return q.argmax(dim=1).numpy()
+            tensors = {key: torch.as_tensor(value) for key, value in observation.items()}
+            preference = self.network.preference(self.network.expand(tensors))
+        return preference.argmax(dim=1).numpy()
