@@ -102,3 +102,19 @@ def test_value_of_a_visit_lies_between_nothing_and_all(ctf: list[float], p: floa
         assert ((value >= 0) & (value <= 1)).all()
     # The dynamic rule only adds to what a measured hole is worth.
     assert (visit_value(holes, dynamic) >= visit_value(holes, plain)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("budget_min", np.nan),
+        ("budget_min", 0.0),
+        ("low_ctf_threshold_A", np.nan),
+        ("reward", (np.nan, 1, 1, 1)),
+        ("minutes", (1, 2, 3, np.nan)),
+        ("minutes", (1, 2, 3)),
+    ],
+)
+def test_rules_that_make_no_sense_are_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        NavigationConfig.preset("cryorl", **{name: value})

@@ -299,7 +299,13 @@ class NavigationConfig:
             raise ValueError("minutes and reward: four values each, for hole, patch, square, grid")
         if min(self.minutes) <= 0 or not np.isfinite(self.minutes).all():
             raise ValueError(f"minutes: every move takes time, found {self.minutes}")
-        if self.budget_min <= 0:
+        if not np.isfinite(self.reward).all():
+            raise ValueError(f"reward: four numbers, found {self.reward}")
+        if not self.low_ctf_threshold_A > 0:
+            raise ValueError(
+                f"low_ctf_threshold_A: must be positive, found {self.low_ctf_threshold_A}"
+            )
+        if not self.budget_min > 0:  # not `<=`: with NaN an episode would never end
             raise ValueError(f"budget_min: must be positive, found {self.budget_min}")
         if self.num_past_steps < 1:
             raise ValueError(f"num_past_steps: at least 1, found {self.num_past_steps}")
