@@ -531,7 +531,7 @@ def _ray(num_env_runners: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C is noted, so that the step under way ends; the second one interrupts."""
+    """The first Ctrl-C or SIGTERM (of a batch system) lets the step end; the second interrupts."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -543,8 +543,9 @@ def _on_interrupt() -> Iterator[threading.Event]:
         event.set()
         print("interrupted: saving a checkpoint, then stopping", file=sys.stderr, flush=True)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():  # None: Ray's own, of which Python does not know
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

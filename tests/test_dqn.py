@@ -351,9 +351,10 @@ def test_a_run_leaves_all_that_is_needed(tmp_path, feature_set):
     assert json.loads((run.path / "calibration.json").read_text())["effects"]
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, number):
     config = run_config(num_env_steps=900)
-    interrupt = [signal.SIGINT]
+    interrupt = [number]
 
     def progress(row):
         if row["num_env_steps"] and interrupt:
