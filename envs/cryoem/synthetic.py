@@ -89,14 +89,15 @@ class SessionPreset:
         return num_patches * per_patch, num_patches, num_squares, num_grids, per_patch
 
 
-# ``fit_calibration`` on the 1197 labelled holes of the Aldolase training half.
+# ``fit_calibration`` on the 1197 labelled holes of the Aldolase training half (CryoRL's public data).
 _ALDOLASE = Calibration(
     intercept=9.605,
     slope=-0.9996,
     clip_A=9.0,
     patch_mean_slope=-0.4674,
     effects=RandomEffects(sd_grid=0.27, sd_square=0.33, sd_patch=0.39),
-    fitted_on="Aldolase training half",
+    # Its content hash: on that session this calibration is in-sample, and is refused.
+    fitted_on="8a2d32054bef2d03",
     num_holes=1197,
     log_likelihood=-371.95,
 )
