@@ -89,7 +89,7 @@ class SessionPreset:
         return num_patches * per_patch, num_patches, num_squares, num_grids, per_patch
 
 
-# ``fit_calibration`` on the 1197 labelled holes of the Aldolase training half (CryoRL's public data).
+# ``fit_calibration`` on the 1197 labelled holes of the Aldolase training half (CryoRL's data).
 _ALDOLASE = Calibration(
     intercept=9.605,
     slope=-0.9996,
