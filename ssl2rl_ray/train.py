@@ -262,7 +262,7 @@ def dual_bound(observation: dict[str, np.ndarray]) -> FloatArray:
 
 
 class Validation:
-    """The greedy policy on the same sessions from the same starts, in one vectorised batch."""
+    """The policy on the same sessions from the same starts, in one vectorised batch."""
 
     def __init__(self, config: NavigationRunConfig) -> None:
         """Stacks the sessions and makes a network of its own on them."""
@@ -289,13 +289,14 @@ class Validation:
 
 
 def play(env: CryoEMVectorEnv, network: QNetwork) -> FloatArray:
-    """(E,) returns of one greedy episode in each of the env's sessions, in order."""
+    """(E,) returns of one episode in each of the env's sessions, in order."""
     observation, _ = env.reset(seed=_VALIDATION_SEED, options={"session": np.arange(env.num_envs)})
     returns, is_running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
     while is_running.any():
         with torch.no_grad():
-            q = network({key: torch.as_tensor(value) for key, value in observation.items()})
-        observation, reward, terminated, truncated, _ = env.step(q.argmax(dim=1).numpy())
+            tensors = {key: torch.as_tensor(value) for key, value in observation.items()}
+            action = network.preference(network.expand(tensors)).argmax(dim=1)
+        observation, reward, terminated, truncated, _ = env.step(action.numpy())
         returns += reward * is_running
         is_running &= ~(terminated | truncated)
     return returns

@@ -435,3 +435,13 @@ def test_sessions_without_labels_are_a_share_of_the_training_and_none_of_the_val
     assert 0.2 < share < 0.8
     stack = training_room.validation_stack(config)
     assert np.isin(stack.outcome, (0, 1)).all()
+
+
+def test_validation_plays_as_the_policy_does_with_its_margin():
+    plain, sure = run_config(), run_config(margin=1e6)
+    untrained = training_room.Validation(plain)
+    weights = untrained.network.state_dict()
+    other = {name: torch.randn_like(value) for name, value in weights.items()}
+    planner = untrained.play(weights)  # the values begin as the planner's
+    assert training_room.Validation(sure).play(other) == planner
+    assert untrained.play(other) != planner
