@@ -158,8 +158,8 @@ def test_a_row_by_hand():
         "surplus_patch": (1.3 / 5, 1.71 / 5), "surplus_here": (0, 1.3 / 20),
         "num_left": (2 / 25, 2 / 25), "num_worth": (2 / 25, 2 / 25),
         "num_visited_patch": (1 / 25, 0), "num_visited_square": (1 / 150, 1 / 150),
-        "num_low_patch": (0.3 / 25, 0), "surprise": (0, 0), "progress": (1 / 480, 1 / 480),
-        "minutes_left": (1, 1), "log_minutes_left": (1, 1), "shift": (0, 0), "sd": (0, 0),
+        "num_low_patch": (0.3 / 25, 0), "surprise": (0, 0),
+        "minutes_left": (1, 1), "log_minutes_left": (1, 1), "shift": (0, 0),
     }  # fmt: skip
     for name, values in expected.items():
         np.testing.assert_allclose(column(rows[0, :2], name), values, atol=1e-4, err_msg=name)

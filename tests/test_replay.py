@@ -1,10 +1,15 @@
 """The columnar replay against windows followed one step at a time."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envs.cryoem.env import CryoEMVectorEnv
+from envs.cryoem.synthetic import PRESETS, draw_session
+from envs.cryoem.types import NavigationConfig
 from ssl2rl_ray.algorithms.replay import Replay
 
 
@@ -195,23 +200,22 @@ def test_errors_say_what_to_change():
         fill(make(capacity=8), [(1, 1, "", True)] * 9)
 
 
-def test_a_step_at_6489_holes_takes_less_than_1500_bytes():
-    replay = make(capacity=640, streams=64)
-    rows = {
-        "visited": np.zeros((2, 64, -(-6489 // 8)), np.uint8),
-        "recent": np.zeros((2, 64, 4), np.int32),
-        "elapsed_min": np.zeros((2, 64, 1), np.float32),
-        "session": np.zeros((2, 64, 1), np.int32),
-    }
-    zeros = np.zeros((2, 64))
+@pytest.mark.parametrize("feature_set", ["paper", "cryorl", "rates"])
+def test_a_step_at_6489_holes_takes_less_than_1500_bytes(feature_set):
+    preset = dataclasses.replace(PRESETS["aldolase"], totals=(40, 320, 6489))
+    table = draw_session(np.random.default_rng(0), preset)
+    rules = NavigationConfig.preset("cryorl", feature_set=feature_set)
+    observation, _ = CryoEMVectorEnv([table], rules, 4).reset(seed=0)
+    replay = make(capacity=640, streams=4, is_prioritized=True)
+    zeros = np.zeros((1, 4))
     replay.push(
-        observation=rows,
+        observation={key: value[None] for key, value in observation.items()},
         action=zeros,
         reward=zeros,
         minutes=zeros,
         is_terminated=zeros.astype(bool),
         is_truncated=zeros.astype(bool),
         is_move=~zeros.astype(bool),
-        is_continued=np.ones(64, bool),
+        is_continued=np.ones(4, bool),
     )
-    assert replay.payload_bytes_per_step <= 1500
+    assert len(table) == 6489 and replay.payload_bytes_per_step <= 1500

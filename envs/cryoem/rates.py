@@ -35,7 +35,6 @@ FEATURES = (
     "num_left",  # holes left in the patch / 25
     "num_worth",  # of them worth their minutes / 25
     "shift",  # posterior mean of the patch's effect, logits
-    "sd",  # its posterior standard deviation
     "num_visited_patch",  # / 25
     "num_low_patch",
     "num_visited_square",  # / 150
@@ -43,7 +42,6 @@ FEATURES = (
     "num_visited_grid",  # / 500
     "num_low_grid",
     "surprise",  # measured minus predicted lows per visit, whole session so far
-    "progress",  # visits so far / 480
     "minutes_left",  # / 480
     "log_minutes_left",  # log(1 + minutes) / log(481)
     "bound",  # dual bound of the reward still to come / 480: price x minutes left + surpluses
@@ -203,7 +201,6 @@ def candidate_rows(
         (ranked > 0).sum(-1) / 25,
         value.num_worth[col, patch] / 25,
         believed.shift[col, patch],
-        np.sqrt(believed.variance[col, patch]),
         believed.num_visited[col, patch] / 25,
         believed.num_low[col, patch] / 25,
         by_group(believed.num_visited, layout.patch_square, num_squares) / 150,
@@ -211,7 +208,6 @@ def candidate_rows(
         by_group(believed.num_visited, layout.patch_grid, layout.num_grids) / 500,
         by_group(believed.num_low, layout.patch_grid, layout.num_grids) / 500,
         surprise[:, None],
-        (num_visited / 480)[:, None],
         (minutes_left / 480)[:, None],
         (np.log1p(np.maximum(minutes_left, 0)) / np.log(481))[:, None],
         bound[:, None] / BOUND_SCALE,
