@@ -30,7 +30,7 @@ from envs.cryoem.stack import SessionStack
 from envs.cryoem.synthetic import PRESETS, draw_session, redraw_labels, synthetic_calibration
 from envs.cryoem.types import FloatArray, HoleTable, NavigationConfig
 from ssl2rl_ray.algorithms.module import linear_epsilon
-from ssl2rl_ray.algorithms.networks import QNetwork, make_network
+from ssl2rl_ray.algorithms.networks import QNetwork, choose, make_network
 from ssl2rl_ray.algorithms.policy import Artefact
 from ssl2rl_ray.config import NavigationRunConfig, navigation_config, to_dict, to_yaml
 from ssl2rl_ray.data.folder import read_dataset
@@ -293,10 +293,7 @@ def play(env: CryoEMVectorEnv, network: QNetwork) -> FloatArray:
     observation, _ = env.reset(seed=_VALIDATION_SEED, options={"session": np.arange(env.num_envs)})
     returns, is_running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
     while is_running.any():
-        with torch.no_grad():
-            tensors = {key: torch.as_tensor(value) for key, value in observation.items()}
-            action = network.preference(network.expand(tensors)).argmax(dim=1)
-        observation, reward, terminated, truncated, _ = env.step(action.numpy())
+        observation, reward, terminated, truncated, _ = env.step(choose(network, observation))
         returns += reward * is_running
         is_running &= ~(terminated | truncated)
     return returns

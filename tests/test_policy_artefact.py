@@ -165,6 +165,16 @@ def test_too_short_a_past_is_said():
         made.make(stack).act(env.compact_observation(), np.random.default_rng(0))
 
 
+def test_rows_of_another_version_are_refused(tmp_path):
+    artefact("rates").save(tmp_path)
+    path = tmp_path / "policy.json"
+    description = json.loads(path.read_text())
+    for columns in (description["columns"][::-1], None):
+        path.write_text(json.dumps({**description, "columns": columns}))
+        with pytest.raises(ArtefactError, match=r"other candidate rows .* train it again"):
+            Artefact.load(tmp_path)
+
+
 def test_damaged_and_foreign_folders_are_told_apart(tmp_path):
     with pytest.raises(ArtefactError, match="not an exported policy"):
         Artefact.load(tmp_path)

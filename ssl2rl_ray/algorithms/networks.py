@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from envs.cryoem.stack import SessionStack
-from envs.cryoem.types import NavigationConfig
+from envs.cryoem.types import IntArray, NavigationConfig
 from ssl2rl_ray.algorithms.expander import Expanded, Expander
 from ssl2rl_ray.algorithms.losses import take
 
@@ -205,6 +207,13 @@ class HoleNetwork(nn.Module):
 
 
 QNetwork = CandidateNetwork | HoleNetwork
+
+
+@torch.no_grad()
+def choose(network: Any, observation: Mapping[str, np.ndarray]) -> IntArray:
+    """(E,) the action that a network prefers in each of E episodes, from arrays (E, ...)."""
+    tensors = {key: torch.as_tensor(value) for key, value in observation.items()}
+    return network.preference(network.expand(tensors)).argmax(dim=1).numpy()
 
 
 def make_network(

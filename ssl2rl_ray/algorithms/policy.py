@@ -1,7 +1,7 @@
 """A trained policy that acts with torch alone: two files, no Ray, no pickle.
 
 policy.safetensors   the weights
-policy.json          what they expect: feature set, rules, layers, calibration, table hashes
+policy.json          what they expect: feature set and its columns, rules, layers, calibration
 """
 
 from __future__ import annotations
@@ -13,19 +13,25 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from envs.cryoem.calibration import Calibration
 from envs.cryoem.stack import Observation, SessionStack, unpack_visited
-from envs.cryoem.types import IntArray, NavigationConfig
-from ssl2rl_ray.algorithms.networks import HoleNetwork, make_network
+from envs.cryoem.types import FeatureSet, IntArray, NavigationConfig
+from ssl2rl_ray.algorithms.networks import HoleNetwork, choose, make_network
 
 FORMAT = "ssl2rl-policy"
 FORMAT_VERSION = 1
 _LEARNED_WITH = ("feature_set", "action_level", "num_past_steps", "num_candidates")
+
+
+def _columns(feature_set: FeatureSet) -> list[str] | None:
+    """What the rows of ``rates`` contain: it may differ between versions of this program."""
+    from envs.cryoem.rates import FEATURES
+
+    return list(FEATURES) if feature_set == "rates" else None
 
 
 class ArtefactError(ValueError):
@@ -67,6 +73,7 @@ class Artefact:
             "is_dueling": self.is_dueling,
             "is_residual": self.is_residual,
             "margin": self.margin,
+            "columns": _columns(self.rules.feature_set),
             "table_hashes": list(self.table_hashes),
             "labels_seen": sorted(self.labels_seen),
             "num_parameters": sum(value.numel() for value in weights.values()),
@@ -94,9 +101,15 @@ class Artefact:
                 key: tuple(value) if isinstance(value, list) else value
                 for key, value in description["rules"].items()
             }
+            rules_found = NavigationConfig(**rules)
+            if description.get("columns") != _columns(rules_found.feature_set):
+                raise ArtefactError(
+                    f"{folder}: the policy learned from other candidate rows than this version of "
+                    "ssl2rl-ray makes: train it again, or use the version that trained it"
+                )
             return cls(
                 weights=load_file(folder / "policy.safetensors"),
-                rules=NavigationConfig(**rules),
+                rules=rules_found,
                 calibration=Calibration.from_json(description["calibration"]),
                 hidden_sizes=tuple(description["hidden_sizes"]),
                 is_dueling=description["is_dueling"],
@@ -107,6 +120,8 @@ class Artefact:
                 name=description["name"],
             )
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            if isinstance(error, ArtefactError):
+                raise
             raise ArtefactError(f"{folder}: the policy is damaged: {error}") from error
 
     def make(self, stack: SessionStack, rules: NavigationConfig | None = None) -> TorchPolicy:
@@ -161,7 +176,7 @@ class TorchPolicy:
                 f"{observation['recent'].shape[1]}: play with num_past_steps {num_needed}"
             )
         observation = {**observation, "recent": observation["recent"][:, :num_needed]}
-        action = self._greedy(observation)
+        action = choose(self.network, observation)
         if self.rules.action_level == "hole":
             return action
         session = observation["session"][:, 0]
@@ -184,11 +199,5 @@ class TorchPolicy:
             self.rules,
             self.effects,
         )
-        action = self._greedy({"rows": rows, "action_mask": mask})
+        action = choose(self.network, {"rows": rows, "action_mask": mask})
         return hole[np.arange(len(hole)), action]
-
-    def _greedy(self, observation: Observation) -> IntArray:
-        with torch.no_grad():
-            tensors = {key: torch.as_tensor(value) for key, value in observation.items()}
-            preference = self.network.preference(self.network.expand(tensors))
-        return preference.argmax(dim=1).numpy()
