@@ -19,7 +19,7 @@ NUM_SESSIONS = 40
 
 CONFIG: dict[str, Any] = {
     "kind": "navigation",
-    "sessions": {"synthetic": 1.0, "preset": "demo"},
+    "sessions": {"synthetic": 1.0, "unlabelled": 1.0, "preset": "demo"},
     "env": {
         "preset": "cryorl",
         "budget_min": 120.0,
@@ -27,9 +27,14 @@ CONFIG: dict[str, Any] = {
         "action_level": "patch",
     },
     "algorithm": {
-        "learning_starts": 1_000,
-        "epsilon_steps": 10_000,
+        "margin": 0.3,
+        "discount_per_min": 0.97,
+        "n_step": 1,
+        "batch_size": 256,
         "buffer_capacity": 30_000,
+        "learning_starts": 1_000,
+        "epsilon_initial": 0.05,
+        "epsilon_steps": 10_000,
     },
     "training": {
         "num_env_steps": 40_000,
