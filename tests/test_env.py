@@ -213,6 +213,10 @@ def test_refusals_name_what_is_wrong_and_move_nothing() -> None:
         ({"start_hole": 9}, "start_hole: 9"),
         ({"start_hole": -1}, "start_hole: -1"),
         ({"session": 1}, "session: 1"),
+        ({"start_hole": 1.5}, r"start_hole: expected a whole number.* found 1\.5"),
+        ({"start_hole": None}, "start_hole: expected a whole number.* found None"),
+        ({"start_hole": [1, 2, 3]}, "one for each of 2 episodes"),
+        ({"session": "0"}, "session: expected a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             vector.reset(options=options)

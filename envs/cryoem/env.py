@@ -278,7 +278,7 @@ class CryoEMVectorEnv(VectorEnv[Observation, IntArray, np.ndarray]):
             num_holes = int(self.stack.num_holes[session])
             start = int(generator.integers(num_holes))
             if "start_hole" in options:
-                start = int(np.broadcast_to(options["start_hole"], self.num_envs)[row])
+                start = self._option(options, "start_hole", row)
             if not 0 <= start < num_holes:
                 raise ValueError(f"start_hole: {start} is not one of the {num_holes} holes")
             self._session[row], self._start[row] = session, start
@@ -311,10 +311,20 @@ class CryoEMVectorEnv(VectorEnv[Observation, IntArray, np.ndarray]):
         num_sessions = len(self.stack.num_holes)
         session = int(generator.integers(num_sessions))
         if "session" in options:
-            session = int(np.broadcast_to(options["session"], self.num_envs)[row])
+            session = self._option(options, "session", row)
         if not 0 <= session < num_sessions:
             raise ValueError(f"session: {session} is not one of the {num_sessions} stacked")
         return session
+
+    def _option(self, options: Mapping[str, Any], name: str, row: int) -> int:
+        """The option's number for an episode."""
+        value = np.asarray(options[name])
+        if value.dtype.kind not in "iu" or value.shape not in ((), (1,), (self.num_envs,)):
+            raise ValueError(
+                f"{name}: expected a whole number, or one for each of {self.num_envs} episodes, "
+                f"found {options[name]!r}"
+            )
+        return int(np.broadcast_to(value, self.num_envs)[row])
 
     # ---- state -------------------------------------------------------------------------------
 
