@@ -134,8 +134,7 @@ class RunDirectory:
                 + "\n  ".join(differences)
                 + "\nresume with its own config.yaml, or start another --run-dir"
             )
-        manifest = run.manifest
-        begun_on = manifest["data_hashes"]  # empty: without data, or not noted
+        begun_on = run.manifest["data_hashes"]  # empty: without data, or not noted
         if data_hashes is not None and begun_on and dict(data_hashes) != begun_on:
             raise RunError(
                 f"{run.path} was begun on other data: {begun_on}, now {dict(data_hashes)}: "
@@ -144,6 +143,7 @@ class RunDirectory:
         run._lock = _acquire_lock(run.path)
         run._mend_metrics()
         run._remove_leftovers()
+        manifest = run.manifest  # again: until the lock was ours, another writer may have ended
         manifest["status"] = "running"
         manifest["attempts"].append(_attempt(argv))
         run._write_manifest(manifest)
@@ -324,20 +324,26 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> list[dict[str, Any]]:
-        """``name, num_env_steps, value`` of what is kept, oldest first."""
+        """``name, num_env_steps, value`` of what is kept and still there, oldest first."""
         index = self._read_json("checkpoints/index.json") or {"checkpoints": []}
-        return index["checkpoints"]
+        root = self.path / "checkpoints"
+        return [entry for entry in index["checkpoints"] if (root / entry["name"]).is_dir()]
 
     @property
     def latest(self) -> Path | None:
-        """Folder of the last checkpoint that is there; None = none yet."""
-        folders = [self.path / "checkpoints" / entry["name"] for entry in self.checkpoints]
-        return next((folder for folder in reversed(folders) if folder.is_dir()), None)
+        """Folder of the last checkpoint; None = none yet."""
+        entries = self.checkpoints
+        return self.path / "checkpoints" / entries[-1]["name"] if entries else None
+
+    @property
+    def best_checkpoint(self) -> dict[str, Any] | None:
+        """The one with the highest value, the first of equals; None = none has a value."""
+        return _best(self.checkpoints)
 
     @property
     def best(self) -> Path | None:
-        """Folder of the checkpoint with the highest value, the first of equals; None = no value."""
-        best = _best(self.checkpoints)
+        """Folder of ``best_checkpoint``."""
+        best = self.best_checkpoint
         return self.path / "checkpoints" / best["name"] if best else None
 
     def _remove_leftovers(self) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -342,6 +343,7 @@ def train(
         stack.callback(algorithm.stop)
         if run.latest is not None:
             algorithm.restore_checkpoint(_read_state(run.latest))
+            _keep_best(run)  # it may have been killed between the two
         first_step = algorithm.num_env_steps
         validation = Validation(config)
         board = stack.enter_context(
@@ -395,10 +397,9 @@ def _look(
     row = {"num_env_steps": algorithm.num_env_steps, **row, **validation.play(weights)}
     row["validation/wall_s"] = time.perf_counter() - started
     value = row["validation/episode_return"]
-    best = _best(run)
     # Untrained, a residual network is the planner that it starts from: to keep that one where it
     # scores best would pass a planner off as a policy.
-    is_candidate = algorithm.num_env_steps > 0
+    is_candidate = algorithm.num_updates > 0
     artefact = _artefact(config, weights)
 
     def write(folder: Path) -> None:
@@ -408,18 +409,24 @@ def _look(
         (folder / "policy").mkdir()
         artefact.save(folder / "policy")
 
-    run.save_checkpoint(algorithm.num_env_steps, write, value=value if is_candidate else None)
-    if best is None or value > best["value"]:
-        run.write_policy(artefact.save)
+    saved = run.save_checkpoint(
+        algorithm.num_env_steps, write, value=value if is_candidate else None
+    )
+    if run.best == saved:
+        _keep_best(run)
     run.log(row)
     board.log(row, algorithm.num_env_steps)
     progress(row)
 
 
-def _best(run: RunDirectory) -> dict[str, Any] | None:
-    """The best checkpoint so far, by validation."""
-    rated = [entry for entry in run.checkpoints if entry["value"] is not None]
-    return max(rated, key=lambda entry: entry["value"], default=None)
+def _keep_best(run: RunDirectory) -> None:
+    """``policy/`` is a copy of the policy of the best checkpoint, if there is one."""
+    if (best := run.best) is not None:
+        run.write_policy(functools.partial(_copy_policy, best))
+
+
+def _copy_policy(checkpoint: Path, folder: Path) -> None:
+    shutil.copytree(checkpoint / "policy", folder, dirs_exist_ok=True)
 
 
 def _artefact(config: NavigationRunConfig, weights: dict[str, torch.Tensor]) -> Artefact:
@@ -463,8 +470,12 @@ def _training_row(
 def _finish(run: RunDirectory, algorithm: Any) -> dict[str, Any]:
     from ssl2rl_ray.algorithms.dqn import weights_hash
 
-    best = _best(run)
-    assert best is not None
+    best = run.best_checkpoint
+    if best is None:
+        raise ValueError(
+            "nothing was learned: no update was due by training.num_env_steps; raise it, or lower "
+            "algorithm.learning_starts"
+        )
     summary = {
         "num_env_steps": algorithm.num_env_steps,
         "num_updates": algorithm.num_updates,

@@ -83,6 +83,8 @@ class Rows(VectorEnv):
         }
 
     def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
         self.count = np.zeros(self.num_envs, int)
         self.elapsed = np.zeros(self.num_envs)
         self.is_over = np.zeros(self.num_envs, bool)
@@ -226,6 +228,22 @@ def _differences(a, b, path=""):
         ]
     same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return [] if same or path == ".weights_seq_no" else [path]
+
+
+def test_without_its_replay_a_run_gathers_steps_again_on_other_sessions():
+    first = build({"learning_starts": 300})
+    until(first, 400)
+    second = build({"learning_starts": 300})
+    second.restore_checkpoint(first.checkpoint())
+    played = second.num_env_steps
+    until(second, played + 200)
+    assert second.num_updates == first.num_updates > 0  # too little to sample from, as at first
+    begun, again = (a.replay.observation["rows"][:16] for a in (first, second))
+    assert (again == begun).mean() < 0.01
+    until(second, played + 300)
+    assert second.num_updates > first.num_updates
+    for algorithm in (first, second):
+        algorithm.stop()
 
 
 def test_a_checkpoint_of_another_network_is_refused():
@@ -376,6 +394,40 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, number):
     assert (metrics["train/epsilon"].dropna().diff().dropna() <= 0).all()
     updates = metrics["train/num_updates"].dropna()
     assert updates.is_monotonic_increasing and updates.iloc[-1] == summary["num_updates"]
+
+
+def test_the_policy_is_that_of_the_best_checkpoint_and_never_untrained(tmp_path):
+    config = run_config()
+    config = dataclasses.replace(
+        config,
+        algorithm=dataclasses.replace(config.algorithm, learning_starts=400),
+        training=dataclasses.replace(config.training, evaluation_interval_steps=200),
+    )
+    found = []
+    with RunDirectory.create(tmp_path / "run", config) as run:
+
+        def progress(row):
+            found.append((row.get("train/num_updates", 0), run.policy is not None))
+
+        train(config, run, progress=progress)
+        assert [has for updates, has in found if updates == 0] == [False, False]
+        assert all(has for updates, has in found if updates > 0)
+        assert run.best is not None
+        best = (run.best / "policy" / "policy.safetensors").read_bytes()
+        assert (run.policy / "policy.safetensors").read_bytes() == best
+    (run.policy / "policy.safetensors").write_bytes(b"an earlier one")  # killed in between
+    with RunDirectory.resume(tmp_path / "run", config) as run:
+        train(config, run, progress=lambda row: None)
+    assert (run.policy / "policy.safetensors").read_bytes() == best
+
+
+def test_a_run_that_cannot_learn_says_so(tmp_path):
+    config = run_config(updates_per_env_step=1e-4)
+    with (
+        pytest.raises(ValueError, match="nothing was learned"),
+        RunDirectory.create(tmp_path / "run", config) as run,
+    ):
+        train(config, run, progress=lambda row: None)
 
 
 def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path):

@@ -148,6 +148,7 @@ class DQN(rllib_dqn.DQN):
         )
         self.num_env_steps = 0
         self.num_updates = 0
+        self._learning_starts = recipe.learning_starts
         self._updates_due = 0.0
         self._returns: deque[float] = deque(maxlen=self.replay.num_streams)
         self._rng = np.random.default_rng([self.config.seed or 0, 1])
@@ -177,7 +178,7 @@ class DQN(rllib_dqn.DQN):
             self.replay.push(**columns)
             num_new = int(columns["is_move"].sum())
         self.num_env_steps += num_new
-        if self.num_env_steps < recipe.learning_starts or not len(self.replay):
+        if self.num_env_steps < self._learning_starts or not len(self.replay):
             return
         self._updates_due += num_new * recipe.updates_per_env_step
         num_updates = int(self._updates_due)
@@ -253,7 +254,7 @@ class DQN(rllib_dqn.DQN):
         """All that goes on after a restart, as tensors, numbers and strings.
 
         ``torch.load(weights_only=True)`` reads it back: nothing is unpickled. Episodes under way
-        are not stored, they begin anew; remote runners keep no random state.
+        are not stored: other ones begin (runner.py); remote runners keep no random state.
         """
         learner = self.learner_group.get_state()["learner"]
         state = {
@@ -272,7 +273,11 @@ class DQN(rllib_dqn.DQN):
         return _map_arrays(state, np.ndarray, torch.from_numpy)
 
     def restore_checkpoint(self, state: dict[str, Any]) -> None:
-        """Goes on from ``checkpoint``; raises ValueError if the networks differ."""
+        """Goes on from ``checkpoint``; raises ValueError if the networks differ.
+
+        Without a replay in it updates wait, as at the start, until ``learning_starts`` env steps
+        are there to sample from.
+        """
         state = _map_arrays(state, torch.Tensor, lambda value: value.numpy())
         learner = self.learner_group.get_state(components="learner/rl_module")["learner"]
         here, there = learner["rl_module"][DEFAULT_MODULE_ID], state["module"]
@@ -300,6 +305,8 @@ class DQN(rllib_dqn.DQN):
         torch.set_rng_state(torch.from_numpy(state["torch_rng"]))
         if "replay" in state:
             self.replay.load_state_dict(state["replay"])
+        else:
+            self._learning_starts += self.num_env_steps
         self._sync_runners()
 
 

@@ -88,8 +88,9 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
     def _play(self, num_rows: int, explore: bool, force_reset: bool) -> Columnar:
         is_continued = not (force_reset or self._needs_initial_reset)
         if not is_continued:
-            seed = self._seed if self._needs_initial_reset else None
-            self._observation, _ = self.env.reset(seed=seed)
+            self._observation, _ = self.env.reset(
+                seed=self._seed_of_env() if self._needs_initial_reset else None
+            )
             self._needs_initial_reset = False
             self._has_ended = np.zeros(self.num_envs, np.bool_)
             self._return = np.zeros(self.num_envs)
@@ -149,6 +150,13 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
         self.num_env_steps_sampled_lifetime += num_steps * num_runners
         self._increase_sampled_metrics(num_steps, num_ended)
         return columns
+
+    def _seed_of_env(self) -> int | None:
+        """Another one where a run goes on: the sessions of its beginning were played already."""
+        num_played = int(self.num_env_steps_sampled_lifetime)
+        if self._seed is None or not num_played:
+            return self._seed
+        return int(np.random.SeedSequence([self._seed, num_played]).generate_state(1)[0])
 
     def _end_episode(self, episode: int) -> None:
         now = time.perf_counter()
