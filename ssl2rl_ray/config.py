@@ -183,6 +183,8 @@ class NavigationRunConfig:
 
 KINDS: dict[str, type[NavigationRunConfig]] = {"navigation": NavigationRunConfig}
 """The class of each ``kind``."""
+SYNTHETIC_THRESHOLD_A = 6.0
+"""Å; what synthetic sessions, and the calibrations that an import stores, call low-CTF."""
 _COMING = ("perception", "ssl2rl", "crystfel")
 _MAX_BYTES = 2**20
 
@@ -494,8 +496,24 @@ def _problems(config: NavigationRunConfig) -> Iterator[str]:
         )
     if (budgets := sessions.budget_range_min) and not 0 < budgets[0] <= budgets[1]:
         yield f"sessions.budget_range_min: expected 0 < low <= high, found {list(budgets)}"
+    if rules.low_ctf_threshold_A != SYNTHETIC_THRESHOLD_A:
+        for name, is_used in (
+            ("sessions.synthetic", sessions.synthetic > 0),
+            ("data.calibration", data.calibration is not None),
+        ):
+            if is_used:
+                yield (
+                    f"{name}: its probabilities are of {SYNTHETIC_THRESHOLD_A:g} Å, while "
+                    f"env.low_ctf_threshold_A is {rules.low_ctf_threshold_A:g}: fit on data.train "
+                    "and play on sessions.redrawn or sessions.real"
+                )
     algorithm, training = config.algorithm, config.training
     if rules.feature_set != "rates":
+        if algorithm.dueling:
+            yield (
+                "algorithm.dueling: a row is centred on the others in feature_set rates, not "
+                f"{rules.feature_set}"
+            )
         if algorithm.is_shaped:
             yield f"algorithm.is_shaped: the bound is in feature_set rates, not {rules.feature_set}"
         if algorithm.is_residual:
@@ -511,6 +529,18 @@ def _problems(config: NavigationRunConfig) -> Iterator[str]:
         yield "algorithm.epsilon_final: is above algorithm.epsilon_initial, from which it falls"
     if algorithm.buffer_capacity < algorithm.batch_size:
         yield "algorithm.buffer_capacity: is below algorithm.batch_size"
+    if not algorithm.is_prioritized:
+        defaults = DQNConfig()
+        for name in ("priority_exponent", "importance_exponent"):
+            if getattr(algorithm, name) != getattr(defaults, name):
+                yield f"algorithm.{name}: is ignored by uniform replay; set is_prioritized too"
+    num_streams = max(1, training.num_env_runners) * training.num_envs_per_runner
+    num_rows = max(2 * (algorithm.n_step + 1), training.rollout_length)
+    if algorithm.buffer_capacity < num_rows * num_streams:
+        yield (
+            f"algorithm.buffer_capacity: {num_streams} episodes side by side need at least "
+            f"{num_rows * num_streams}"
+        )
     if algorithm.learning_starts >= training.num_env_steps:
         yield "algorithm.learning_starts: is not below training.num_env_steps; it would never learn"
 

@@ -33,7 +33,7 @@ from envs.cryoem.types import FloatArray, HoleTable, NavigationConfig
 from ssl2rl_ray.algorithms.module import linear_epsilon
 from ssl2rl_ray.algorithms.networks import QNetwork, choose, make_network
 from ssl2rl_ray.algorithms.policy import Artefact
-from ssl2rl_ray.config import NavigationRunConfig, navigation_config, to_dict, to_yaml
+from ssl2rl_ray.config import NavigationRunConfig, check, navigation_config, to_dict, to_yaml
 from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.evaluate import label_marks
 from ssl2rl_ray.runs import RunDirectory
@@ -321,11 +321,12 @@ def train(
         The summary.
 
     Raises:
-        ValueError: settings or data that do not go together, by name.
+        ValueError: settings (``config.check``) or data that do not go together, by name.
         KeyboardInterrupt: after Ctrl-C, once the state is safe on disk.
     """
     from ssl2rl_ray.algorithms.registry import ALGORITHMS
 
+    check(config)
     progress = progress or _print_row
     training = config.training
     torch.set_num_threads(training.num_torch_threads)

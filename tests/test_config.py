@@ -209,6 +209,18 @@ def test_a_bomb_of_aliases_is_shown_briefly(tmp_path: Path) -> None:
         (["algorithm.hidden_sizes=[]"], "at least one layer"),
         (["algorithm.hidden_sizes=[64, 0]"], "must be above 0, found [64, 0]"),
         (["algorithm.buffer_capacity=10"], "is below algorithm.batch_size"),
+        (["algorithm.buffer_capacity=255"], "32 episodes side by side need at least 256"),
+        (["training.rollout_length=2000"], "32 episodes side by side need at least 64000"),
+        (["algorithm.priority_exponent=0.7"], "priority_exponent: is ignored by uniform replay"),
+        (["algorithm.importance_exponent=1"], "importance_exponent: is ignored by uniform"),
+        (["algorithm.dueling=true"], "algorithm.dueling: a row is centred"),
+        (["env.low_ctf_threshold_A=4"], "sessions.synthetic: its probabilities are of 6 Å"),
+        (
+            ["env.low_ctf_threshold_A=4", "data.calibration=a"],
+            "data.calibration: its probabilities are of 6 Å, while env.low_ctf_threshold_A is 4",
+        ),
+        (["algorithm.n_step=0"], "algorithm.n_step: must be above 0"),
+        (["algorithm.target_update_rate=0"], "algorithm.target_update_rate: must be above 0"),
         (["training.num_env_steps=2000"], "it would never learn"),
         (["training.num_env_runners=-1"], "training.num_env_runners: must be 0 or more"),
     ],
@@ -244,6 +256,13 @@ def test_fresh_sessions_go_with_rates() -> None:
     assert config.sessions.pool_size is None
     real = ["sessions.pool_size=null", "sessions.real=1", "sessions.synthetic=0", "data.train=[a]"]
     assert load_config(None, real).sessions.real == 1
+
+
+def test_another_threshold_goes_with_real_and_redrawn_sessions() -> None:
+    own = ["sessions.synthetic=0", "sessions.redrawn=1", "data.train=[a]"]
+    assert load_config(None, ["env.low_ctf_threshold_A=4", *own]).env.low_ctf_threshold_A == 4
+    weights = ["algorithm.is_prioritized=true", "algorithm.priority_exponent=0.7"]
+    assert load_config(None, weights).algorithm.priority_exponent == 0.7
 
 
 def test_check_sees_what_python_built() -> None:

@@ -360,9 +360,8 @@ def build(
 ) -> DQN:
     """The algorithm, ready to ``train()``; one call of it is about a thousand env steps.
 
-    Raises ValueError, with the field's name, for settings that would be ignored.
+    ``ssl2rl_ray.config.check`` says which settings go together.
     """
-    check(config, training)
     learning_rate = [[0, config.learning_rate]]
     if config.final_learning_rate != config.learning_rate:
         learning_rate.append([training.num_env_steps, config.final_learning_rate])
@@ -409,29 +408,3 @@ def build(
     algorithm = rllib.build_algo()
     assert isinstance(algorithm, DQN)
     return algorithm
-
-
-def check(config: DQNConfig, training: TrainingConfig) -> None:
-    """Raises ValueError for values that make no sense or would be ignored."""
-    positive = ("n_step", "batch_size", "target_update_interval", "updates_per_env_step")
-    for name in positive:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"algorithm.{name}: must be positive, found {getattr(config, name)}")
-    if not 0 < config.discount_per_min <= 1:
-        raise ValueError(f"algorithm.discount_per_min: in (0, 1], found {config.discount_per_min}")
-    if not 0 < config.target_update_rate <= 1:
-        raise ValueError(
-            f"algorithm.target_update_rate: in (0, 1], found {config.target_update_rate}"
-        )
-    defaults = DQNConfig()
-    if not config.is_prioritized:
-        for name in ("priority_exponent", "importance_exponent"):
-            if getattr(config, name) != getattr(defaults, name):
-                raise ValueError(
-                    f"algorithm.{name} is ignored by uniform replay: set algorithm.is_prioritized"
-                )
-    if training.num_env_steps <= config.learning_starts:
-        raise ValueError(
-            f"algorithm.learning_starts: {config.learning_starts} of training.num_env_steps "
-            f"{training.num_env_steps}: nothing would be learned"
-        )
