@@ -155,6 +155,11 @@ def _new_run_dir(config: str) -> Path:
 def _evaluate(args: argparse.Namespace) -> None:
     from ssl2rl_ray.evaluate import evaluate, format_report
 
+    if args.session_kind and not args.sessions:
+        raise ValueError("--session-kind needs --sessions K: how many are to be drawn")
+    if args.synthetic_preset and args.session_kind != "synthetic":
+        raise ValueError("--synthetic-preset needs --session-kind synthetic")
+    _note_unused_calibration(args.calibration, [args.policy, *args.against])
     with _Progress() as progress:
         report = evaluate(
             args.policy,
@@ -165,13 +170,23 @@ def _evaluate(args: argparse.Namespace) -> None:
             seed=args.seed,
             calibration=args.calibration,
             num_sessions=args.sessions,
-            session_kind=args.session_kind,
-            synthetic_preset=args.synthetic_preset,
+            session_kind=args.session_kind or "redrawn",
+            synthetic_preset=args.synthetic_preset or "aldolase",
             against=args.against,
             allow_in_sample=args.allow_in_sample,
             on_step=progress,
         )
     _emit(args.json, report, format_report(report))
+
+
+def _note_unused_calibration(calibration: str | None, policies: Sequence[str]) -> None:
+    from envs.cryoem.planners import NAMES
+
+    if calibration and not set(policies) & set(NAMES):
+        print(
+            "note: a trained policy has its own calibration, --calibration is not used",
+            file=sys.stderr,
+        )
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -183,6 +198,7 @@ def _plan(args: argparse.Namespace) -> None:
     table = read_dataset(args.data).table
     brought = read_calibration(args.calibration) if args.calibration else None
     chosen = contestant(args.policy, brought)
+    _note_unused_calibration(args.calibration, [args.policy])
     _, config = rules_of(chosen, args.preset, args.budget_min)
     plan = make_plan(
         chosen.make,
@@ -377,7 +393,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--calibration",
             metavar="TRAIN_DIR",
-            help="dataset folder of another session; its calibration is used",
+            help="dataset folder of another session, whose calibration the planners use "
+            "(a trained policy has its own)",
         )
 
     sub = command("demo", _demo, "train, compare and draw on a synthetic session in minutes")
@@ -434,10 +451,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--session-kind",
         choices=("redrawn", "synthetic"),
-        default="redrawn",
-        help="DIR with its labels drawn again, or wholly synthetic ones (%(default)s)",
+        help="DIR with its labels drawn again, or wholly synthetic ones (redrawn)",
     )
-    sub.add_argument("--synthetic-preset", default="aldolase", help="(%(default)s)")
+    sub.add_argument("--synthetic-preset", metavar="NAME", help="(aldolase)")
     sub.add_argument(
         "--against",
         type=_names,

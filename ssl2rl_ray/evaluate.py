@@ -301,7 +301,7 @@ def evaluate(
         if session_kind == "synthetic":
             truths = [draw_session(rng, synthetic_preset) for rng in rngs]
         else:
-            truths = redraw(table, ours.calibration or brought, config, rngs)
+            truths = redraw(table, ours.calibration, config, rngs)
         start_hole = _starts_of_each([len(truth) for truth in truths], num_starts, seed)
     session = np.repeat(np.arange(len(truths)), num_starts)
     best = optimum_of_each(truths, config, session, start_hole)

@@ -144,6 +144,8 @@ def test_config_check_says_everything_that_is_wrong(tmp_path, capsys):
         ["evaluate", "snowbal", "--data", "DATA"],
         ["evaluate", "DATA", "--data", "DATA"],
         ["evaluate", "snowball", "--data", SMOKE],
+        ["evaluate", "snowball", "--data", "DATA", "--session-kind", "synthetic"],
+        ["evaluate", "snowball", "--data=DATA", "--sessions=2", "--synthetic-preset", "demo"],
         ["plan", "snowball", "--data", "DATA", "--budget-min", "9", "--out", "/dev/null/plan.csv"],
         ["plan", "oracle", "--data", "DATA", "--budget-min", "9", "--out", "RUN"],
         ["plan", "snowball", "--data=DATA", "--budget-min=9", "--out=RUN", "--start-hole=x"],

@@ -43,6 +43,18 @@ def artefact(feature_set, action_level="hole", seed=0):
     )
 
 
+def test_a_calibration_that_is_not_used_is_said(tmp_path, demo_dir, capsys):
+    from ssl2rl_ray.cli import main
+
+    (tmp_path / "policy").mkdir()
+    artefact("rates").save(tmp_path / "policy")
+    rules = ["--data", str(demo_dir), "--calibration", str(demo_dir), "--budget-min", "5"]
+    for policy, is_said in ((str(tmp_path / "policy"), True), ("lagrange", False)):
+        for words in (["evaluate", "--episodes", "2"], ["plan", "--out", str(tmp_path / "p.csv")]):
+            assert main([words[0], policy, *rules, *words[1:]]) == 0
+            assert ("its own calibration" in capsys.readouterr().err) == is_said
+
+
 def drive(policy, stack, config, num_steps=25, num_envs=4):
     """Plays with ``policy`` and yields the env before each of its moves, with the holes chosen."""
     env = CryoEMVectorEnv(stack, config, num_envs, effects=synthetic_calibration().effects)
