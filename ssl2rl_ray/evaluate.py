@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from envs.cryoem.calibration import Calibration
+from envs.cryoem.calibration import Calibration, uncalibrated_p
 from envs.cryoem.env import CryoEMVectorEnv
 from envs.cryoem.knapsack import optimum
 from envs.cryoem.planners import NAMES, make_planner
@@ -451,7 +451,11 @@ def _is_in_sample(each: Contestant, dataset: Dataset) -> bool:
             return True
     if each.calibration is None:
         return False
-    if each.calibration.fitted_on == dataset.table.content_hash:
+    table = dataset.table
+    predicted = table.predicted_ctf_A
+    as_imported = np.where(np.isfinite(predicted), uncalibrated_p(predicted), 0.5)
+    hashes = {table.content_hash, table.replace(p_low_ctf=as_imported).content_hash}
+    if each.calibration.fitted_on in hashes:
         return True
     if each.sees(dataset.table).content_hash in each.trained_on:
         return True

@@ -248,9 +248,14 @@ def test_a_policy_that_has_read_the_labels_in_any_way_is_refused(tmp_path, demo_
     assert report["against"]["snowball"]["calibration"]["is_fitted_on_this_session"] is False
 
 
-def test_the_model_of_synthetic_sessions_is_in_sample_where_it_was_fitted(aldolase_dir, demo_dir):
-    with pytest.raises(ValueError, match="has seen labels"):
-        evaluate("rate-index", data=aldolase_dir, calibration=demo_dir, num_episodes=2)
+def test_the_model_of_synthetic_sessions_is_in_sample_where_it_was_fitted(
+    aldolase_dir, demo_dir, tmp_path
+):
+    table = read_calibration(demo_dir).apply(read_dataset(aldolase_dir).table)
+    again = save(table, tmp_path / "again")  # as an import with --calibration leaves it
+    for data in (aldolase_dir, again):
+        with pytest.raises(ValueError, match="has seen labels"):
+            evaluate("rate-index", data=data, calibration=demo_dir, num_episodes=2)
 
 
 def test_marks_tell_shared_labels_and_not_the_labels():
