@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
-from envs.cryoem.rewards import is_low_ctf, outcome, visit_value
+from envs.cryoem.rewards import outcome, visit_value
 from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray, NavigationConfig
 
 Observation = dict[str, np.ndarray]
@@ -182,6 +182,3 @@ def unpack_visited(observation: Observation, num_holes: int) -> BoolArray:
     return np.unpackbits(
         observation["visited"], axis=-1, count=num_holes, bitorder="little"
     ).astype(bool)
-
-
-__all__ = ["Observation", "Policy", "SessionStack", "is_low_ctf", "unpack_visited"]

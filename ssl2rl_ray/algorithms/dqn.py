@@ -358,7 +358,7 @@ def build(
     seed: int,
     potential: Potential | None = None,
 ) -> DQN:
-    """The algorithm, ready to ``train()``; one call of it is about a thousand env steps.
+    """The algorithm, ready to ``train()``; one call of it is one fragment of every runner.
 
     ``ssl2rl_ray.config.check`` says which settings go together.
     """

@@ -25,17 +25,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 
+from envs.cryoem.calibration import uncalibrated_p
 from envs.cryoem.types import HoleTable
 from ssl2rl_ray.data.text import BadRow, DataError, RejectedRow, parse_rows, read_text
 
 PathLike = str | os.PathLike[str]
 Rows = dict[str, Any]
 """Value by name, in file order."""
-
-CRYORL_MIDPOINT_A = 6.0
-"""Å; where CryoRL's probability 1 / (1 + exp(predicted - 6)) is one half."""
 
 FAILED_FIT_A = 20.0
 """Å; failed fits (100000 in the files) and everything worse are clipped here, as CryoRL does."""
@@ -198,7 +195,7 @@ def parse_cryorl(
         y=y,
         ctf_max_resolution_A=np.minimum(ctf, FAILED_FIT_A),
         predicted_ctf_A=value,
-        p_low_ctf=np.where(np.isfinite(value), expit(CRYORL_MIDPOINT_A - value), 0.5),
+        p_low_ctf=np.where(np.isfinite(value), uncalibrated_p(value), 0.5),
     )
     if labels is not None and not table.is_labelled.any():
         notes.append("labels: no hole has a CTF value; all are imported as unlabelled")
