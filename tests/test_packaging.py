@@ -37,7 +37,7 @@ def test_every_documented_command_is_one_that_the_program_takes(path):
 
 
 def test_documented_files_exist():
-    for name in re.findall(r"(?:tune_configs|benchmarks|docs)/[\w./]+\w", README):
+    for name in re.findall(r"(?:tune_configs|benchmarks|docs)/[\w./-]+\w", README):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / name).exists(), name
