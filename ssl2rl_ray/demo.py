@@ -27,7 +27,7 @@ CONFIG: dict[str, Any] = {
         "action_level": "patch",
     },
     "algorithm": {
-        "margin": 0.3,
+        "margin": 1.0,
         "discount_per_min": 0.97,
         "n_step": 1,
         "batch_size": 256,
