@@ -90,7 +90,8 @@ class NavigationModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetworkAP
             reached = self.network.expand(batch[Columns.NEXT_OBS])
             q_t = self.target_network.score(reached)
             selector = self.network if self.is_double else self.target_network
+            v_t = bootstrap_value(q_t, selector.preference(reached))
         return {
             Q_TM1: self.network.taken(batch[Columns.OBS], batch[Columns.ACTIONS]),
-            V_T: bootstrap_value(q_t, selector.preference(reached)),
+            V_T: v_t,
         }
