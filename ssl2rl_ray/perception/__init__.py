@@ -1,0 +1,1 @@
+"""Perception: from the image of a hole to the probability that it is low-CTF."""
