@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
-from scipy.special import expit, log_expit
+from scipy.special import expit
 
 from envs.cryoem import calibration as c
 from envs.cryoem.synthetic import draw_session
@@ -145,41 +145,6 @@ def test_json_round_trip_is_strict():
 def test_labels_of_one_kind_cannot_calibrate(ctf, message):
     with pytest.raises(ValueError, match=message):
         c.fit_calibration(small_table([4.0, 5.0, 6.0], ctf), CONFIG)
-
-
-def test_tree_solve_and_determinant_against_dense_algebra():
-    table = draw_session(np.random.default_rng(3), "demo").select(np.arange(150))
-    rng = np.random.default_rng(0)
-    groups = c._Groups.of(table, table.is_labelled)
-    weight, sds = rng.random(len(table)), np.array([0.3, 0.7, 1.2])
-    right = [rng.standard_normal(size) for size in groups.sizes]
-    z = np.concatenate(
-        [
-            sd * np.eye(size)[ids]
-            for sd, size, ids in zip(sds, groups.sizes, groups.ids, strict=True)
-        ],
-        axis=1,
-    )
-    precision = np.eye(z.shape[1]) + z.T @ (weight[:, None] * z)
-    solution, log_determinant = c._solve_tree(weight, groups, sds, right)
-    np.testing.assert_allclose(
-        np.concatenate(solution), np.linalg.solve(precision, np.concatenate(right)), atol=1e-10
-    )
-    assert log_determinant == pytest.approx(np.linalg.slogdet(precision)[1])
-
-
-def test_laplace_against_quadrature_for_one_patch():
-    table = small_table([5.0] * 12, [5.0] * 9 + [7.0] * 3)
-    groups = c._Groups.of(table, table.is_labelled)
-    low, fixed = table.ctf_max_resolution_A < 6, np.full(12, 0.4)
-    sds = np.array([0.3, 0.2, 0.5])  # one group of each level: their sum is one normal
-    sd = np.sqrt((sds**2).sum())
-
-    def integrand(u):
-        return np.exp(9 * log_expit(0.4 + u) + 3 * log_expit(-0.4 - u) - (u / sd) ** 2 / 2)
-
-    exact = np.log(quad(integrand, -8, 8)[0] / (sd * np.sqrt(2 * np.pi)))
-    assert c._laplace(fixed, low, groups, sds) == pytest.approx(exact, abs=0.01)
 
 
 def test_without_effects_it_is_logistic_regression():

@@ -10,34 +10,26 @@ their predictions, so that measured neighbours carry information. The form of th
 the leave-one-grid-out comparison on the Aldolase training half (CryoRL's public data): -422.5 nats
 for a line in x, -411.3 with the patch mean, -389.2 with the clip, -380.4 with both
 (``tests/test_calibration.py``; effects fitted too: -381.9).
-
-The sds and slopes are found where the Laplace-approximated marginal likelihood, times weak priors,
-is largest (Breslow & Clayton 1993; Bates et al. 2015, section 2). The posterior precision of the
-effects is a tree (patch in square in grid): eliminating patches, then squares, then grids is exact
-and costs one pass over the holes.
+How it is fitted: ``mixed_logit``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logit
 
+from envs.cryoem.mixed_logit import Tree, fit_mixed_logit
 from envs.cryoem.rewards import is_low_ctf
-from envs.cryoem.types import BoolArray, FloatArray, HoleTable, NavigationConfig, RandomEffects
+from envs.cryoem.types import FloatArray, HoleTable, NavigationConfig, RandomEffects
 
 InputKind = Literal["predicted_ctf_A", "logit_p_low_ctf"]
 
 PROBABILITY_FLOOR = 1e-4
 """Probabilities are held this far from 0 and 1 before a logit is taken (1/1 would be infinite)."""
-# A weak prior on each sd: log sd ~ N(log 0.4, 0.7²), 95 % between 0.1 and 1.6 logits. With one
-# grid or few patches the data say nothing about an sd: the maximum alone falls on 0 or runs away.
-_LOG_SD_MEAN, _LOG_SD_SD = float(np.log(0.4)), 0.7
 # Slopes on standardised inputs ~ N(0, 5²): no force on real data (the fitted one is near -2), but
 # perfectly separated labels keep a finite slope.
 _SLOPE_SD = 5.0
@@ -106,8 +98,8 @@ class Calibration:
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Inverse of ``to_json``; raises ValueError that names unknown and missing keys."""
         values = dict(values)
-        _check_keys("calibration", values, cls)
-        _check_keys("calibration.effects", values["effects"], RandomEffects)
+        check_keys("calibration", values, cls)
+        check_keys("calibration.effects", values["effects"], RandomEffects)
         return cls(**{**values, "effects": RandomEffects(**values["effects"])})
 
 
@@ -144,42 +136,25 @@ def fit_calibration(
             f"cannot calibrate: labels of both kinds are needed, {found} at "
             f"{config.low_ctf_threshold_A} Å; fit on a session with both and bring it along"
         )
-    groups = _Groups.of(table, rows)
-    design = np.stack([np.ones(low.size), x[rows], patch_mean[rows]])
+    tree = Tree.of(table, rows)
+    design = np.stack([np.ones(low.size), x[rows], patch_mean[rows]][: 2 + is_patch_mean_used])
     centre, scale = design.mean(axis=1), design.std(axis=1)
     centre[0], scale[0], scale[scale < 1e-9] = 0.0, 1.0, 1.0
     design = (design - centre[:, None]) / scale[:, None]
-
-    def unpack(theta: FloatArray) -> tuple[FloatArray, FloatArray]:
-        if effects is None:
-            return theta[:3], np.exp(theta[3:])
-        return theta[:3], np.array([effects.sd_grid, effects.sd_square, effects.sd_patch])
-
-    def loss(theta: FloatArray) -> float:
-        coefficients, sds = unpack(theta)
-        fit = _laplace(coefficients @ design, low, groups, sds)
-        prior = ((coefficients[1:] / _SLOPE_SD) ** 2).sum()
-        prior += (((theta[3:] - _LOG_SD_MEAN) / _LOG_SD_SD) ** 2).sum()
-        return float(0.5 * prior - fit)
-
-    num_sds = 3 if effects is None else 0
-    start = np.r_[np.zeros(3), np.full(num_sds, _LOG_SD_MEAN)]
-    bounds = [(-30.0, 30.0)] * 3 + [(np.log(0.01), np.log(10.0))] * num_sds
-    if not is_patch_mean_used:
-        bounds[2] = (0.0, 0.0)
-    coefficients, sds = unpack(minimize(loss, start, method="L-BFGS-B", bounds=bounds).x)
-    slopes = coefficients / scale
+    precision = np.diag([0.0, *[_SLOPE_SD**-2] * (len(design) - 1)])
+    fitted = fit_mixed_logit(
+        design, low, tree, prior_mean=np.zeros(len(design)), precision=precision, effects=effects
+    )
+    slopes = fitted.coefficients / scale
     return Calibration(
         intercept=float(slopes[0] - slopes[1:] @ centre[1:]),
         slope=float(slopes[1]),
         clip_A=float(clip_A),
-        patch_mean_slope=float(slopes[2]),
-        effects=RandomEffects(
-            sd_grid=float(sds[0]), sd_square=float(sds[1]), sd_patch=float(sds[2])
-        ),
+        patch_mean_slope=float(slopes[2]) if is_patch_mean_used else 0.0,
+        effects=fitted.effects,
         fitted_on=table.content_hash,
         num_holes=int(low.size),
-        log_likelihood=float(_laplace(coefficients @ design, low, groups, sds)),
+        log_likelihood=fitted.log_likelihood,
         input=kind,
     )
 
@@ -206,7 +181,8 @@ def leave_one_grid_out_log_likelihood(
     return total
 
 
-def _check_keys(where: str, values: dict[str, Any], cls: type) -> None:
+def check_keys(where: str, values: dict[str, Any], cls: type) -> None:
+    """Raises ValueError where the keys are not exactly the fields of a dataclass."""
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{where}: unknown keys {unknown}; known are {sorted(known)}")
@@ -231,92 +207,3 @@ def _inputs(table: HoleTable, kind: InputKind, clip_A: float) -> tuple[FloatArra
     patch_mean = np.where(count > 0, total / np.maximum(count, 1), x[is_known].mean())
     patch_mean = patch_mean[table.patch_id]
     return np.where(is_known, x, patch_mean), patch_mean
-
-
-class _Groups(NamedTuple):
-    """The tree of the labelled holes: parents of holes, patches and squares, and their numbers."""
-
-    ids: tuple[np.ndarray, np.ndarray, np.ndarray]
-    """(n,) each: grid, square, patch of a hole."""
-    patch_square: np.ndarray
-    square_grid: np.ndarray
-    sizes: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, table: HoleTable, rows: BoolArray) -> _Groups:
-        """Groups without a labelled hole stay, with no weight: they change nothing."""
-        return cls(
-            (table.grid_id[rows], table.square_id[rows], table.patch_id[rows]),
-            table.patch_square,
-            table.square_grid,
-            (len(table.grid_name), len(table.square_name), len(table.patch_name)),
-        )
-
-
-def _laplace(fixed: FloatArray, low: BoolArray, groups: _Groups, sds: FloatArray) -> float:
-    """Log of the integral of P(labels | u) N(u; 0, sd²) over u, by Laplace's method at the mode.
-
-    With u = sd z and z ~ N(0, 1): max over z of log P - z'z/2, less half the log determinant of
-    the precision there. Newton's method; the objective is concave.
-    """
-    sign = np.where(low, 1.0, -1.0)
-    z = [np.zeros(size) for size in groups.sizes]
-
-    def value(z: Sequence[FloatArray]) -> tuple[float, FloatArray]:
-        eta = fixed + sum(sd * zl[i] for sd, zl, i in zip(sds, z, groups.ids, strict=True))
-        return float(log_expit(sign * eta).sum() - 0.5 * sum((zl**2).sum() for zl in z)), eta
-
-    best, eta = value(z)
-    for _ in range(50):
-        p = expit(eta)
-        gradient = [
-            sd * np.bincount(i, low - p, size) - zl
-            for sd, i, size, zl in zip(sds, groups.ids, groups.sizes, z, strict=True)
-        ]
-        step, _ = _solve_tree(p * (1 - p), groups, sds, gradient)
-        gain = sum(float(s @ g) for s, g in zip(step, gradient, strict=True))
-        if gain < 1e-10:  # twice the rise that is left, in nats
-            break
-        length = 1.0
-        while length > 1e-6:
-            trial = [zl + length * s for zl, s in zip(z, step, strict=True)]
-            trial_value, trial_eta = value(trial)
-            if trial_value > best:
-                break
-            length /= 2
-        else:
-            break
-        z, best, eta = trial, trial_value, trial_eta
-    p = expit(eta)
-    _, log_determinant = _solve_tree(p * (1 - p), groups, sds, z)
-    return best - 0.5 * log_determinant
-
-
-def _solve_tree(
-    weight: FloatArray, groups: _Groups, sds: FloatArray, right: Sequence[FloatArray]
-) -> tuple[list[FloatArray], float]:
-    """Solves (I + Z' W Z) z = right, and the log determinant, by eliminating leaves first.
-
-    Z maps the effects (grid, square, patch) to holes and holds the sds; W is the (n,) weight. A
-    patch meets only its square and its grid, and once patches are gone a square only its grid.
-    """
-    sd_g, sd_s, sd_p = sds
-    num_grids, num_squares, num_patches = groups.sizes
-    parent_s, parent_g = groups.patch_square, groups.square_grid
-    patch_g = parent_g[parent_s]
-    w_p = np.bincount(groups.ids[2], weight, num_patches)
-    w_s = np.bincount(parent_s, w_p, num_squares)
-    w_g = np.bincount(parent_g, w_s, num_grids)
-    pp, ps, pg = 1 + sd_p**2 * w_p, sd_p * sd_s * w_p, sd_p * sd_g * w_p
-    ss = 1 + sd_s**2 * w_s - np.bincount(parent_s, ps * ps / pp, num_squares)
-    sg = sd_s * sd_g * w_s - np.bincount(parent_s, ps * pg / pp, num_squares)
-    gg = 1 + sd_g**2 * w_g - np.bincount(patch_g, pg * pg / pp, num_grids)
-    gg -= np.bincount(parent_g, sg * sg / ss, num_grids)
-    r_g, r_s, r_p = right
-    r_s = r_s - np.bincount(parent_s, ps * r_p / pp, num_squares)
-    r_g = r_g - np.bincount(patch_g, pg * r_p / pp, num_grids)
-    r_g = r_g - np.bincount(parent_g, sg * r_s / ss, num_grids)
-    z_g = r_g / gg
-    z_s = (r_s - sg * z_g[parent_g]) / ss
-    z_p = (r_p - ps * z_s[parent_s] - pg * z_g[patch_g]) / pp
-    return [z_g, z_s, z_p], float(np.log(pp).sum() + np.log(ss).sum() + np.log(gg).sum())
