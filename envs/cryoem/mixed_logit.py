@@ -150,13 +150,13 @@ def patch_moments(
 
 def _mode(
     fixed: FloatArray, low: BoolArray, tree: Tree, sds: FloatArray
-) -> tuple[list[FloatArray], float, FloatArray]:
+) -> tuple[Sequence[FloatArray], float, FloatArray]:
     """The mode z of the effects u = sd z, the log density there up to a constant, and (n,) logits.
 
     With z ~ N(0, 1): max over z of log P - z'z/2. Newton's method; the objective is concave.
     """
     sign = np.where(low, 1.0, -1.0)
-    z = [np.zeros(size) for size in tree.sizes]
+    z: Sequence[FloatArray] = [np.zeros(size) for size in tree.sizes]
 
     def value(z: Sequence[FloatArray]) -> tuple[float, FloatArray]:
         eta = fixed + sum(sd * zl[i] for sd, zl, i in zip(sds, z, tree.ids, strict=True))
