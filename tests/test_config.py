@@ -181,7 +181,10 @@ def test_a_bomb_of_aliases_is_shown_briefly(tmp_path: Path) -> None:
         (["seed=3", "seed.x=3"], "seed is not a section"),
         (["seed=[1"], "--set 'seed=[1'"),
         (["env.budgt_min=3"], "did you mean env.budget_min?"),
-        (["sessions.preset=aldolas"], "expected one of aldolase, demo, y3, found 'aldolas'"),
+        (
+            ["sessions.preset=aldolas"],
+            "expected one of aldolase, demo, y3, y3-mini, found 'aldolas'",
+        ),
         (["sessions.synthetic=0"], "all 0; one needs a positive weight"),
         (["sessions.synthetic=-1"], "sessions.synthetic: must be 0 or more, found -1.0"),
         (["sessions.real=1"], "sessions.real: is above 0 but data.train names no session"),
