@@ -1,9 +1,14 @@
 """The dataset folder: one session on disk, verified whenever it is read.
 
-holes.parquet      a row per hole: every column of the table, and the time of acquisition
+holes.parquet      a row per hole: every column of the table, and optionally the time of acquisition
+                   and whether the hole has an image
+images.npy         optional: uint8 (N, H, W), a hole image per row of the table (zeros: it has none)
 calibration.json   optional: fitted on this session's labels, for use on other sessions
-rejected.csv       the rows that the import kept out, each with file, line and reason
+rejected.csv       the rows and images that the import kept out, each with file, line and reason
 manifest.json      format, content hash, counts, provenance; size and SHA-256 of the above
+
+Images are the only large file: they are written and verified in pieces, and verified only by who
+looks at them (``Dataset.images``), so that a planner's reading of the table costs nothing more.
 """
 
 from __future__ import annotations
@@ -14,11 +19,14 @@ import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +40,14 @@ from ssl2rl_ray.config import own_version
 from ssl2rl_ray.data.text import DataError, RejectedRow
 
 FORMAT = "ssl2rl-dataset"
-FORMAT_VERSION = 1
-"""Raised when an older reader could misread the folder."""
+FORMAT_VERSION = 2
+"""Raised when an older reader could misread the folder, or would call it damaged: 2 has images. A
+folder without them is written as version 1, which every release reads."""
 
 _TABLE, _CALIBRATION, _REJECTED = "holes.parquet", "calibration.json", "rejected.csv"
-_MANIFEST = "manifest.json"
-_OURS = {_TABLE, _CALIBRATION, _REJECTED, _MANIFEST}
+_IMAGES, _MANIFEST = "images.npy", "manifest.json"
+_OURS = {_TABLE, _CALIBRATION, _REJECTED, _IMAGES, _MANIFEST}
+_CHUNK_BYTES = 4 * 2**20
 _LEVELS = ("grid", "square", "patch")
 _VALUES = ("x", "y", "ctf_max_resolution_A", "predicted_ctf_A", "p_low_ctf")
 _TYPES = (
@@ -45,13 +55,13 @@ _TYPES = (
     | {f"{level}_id": pa.int32() for level in _LEVELS}
     | {f"{level}_name": pa.string() for level in _LEVELS}
     | {name: pa.float64() for name in _VALUES}
-    | {"is_labelled": pa.bool_(), "acquired": pa.timestamp("us")}
+    | {"is_labelled": pa.bool_(), "acquired": pa.timestamp("us"), "has_image": pa.bool_()}
 )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """A dataset folder in memory."""
+    """A dataset folder: the table in memory, the images on disk."""
 
     path: Path
     table: HoleTable
@@ -60,6 +70,18 @@ class Dataset:
     """As ``envs.cryoem.calibration.Calibration.to_json`` wrote it; fitted on this session."""
     acquired: NDArray[np.datetime64] | None
     """(N,) datetime64[us], NaT = unknown."""
+    has_image: NDArray[np.bool_]
+    """(N,) False: no image, or one that the import kept out (its row of ``images`` is zeros)."""
+
+    @cached_property
+    def images(self) -> NDArray[np.uint8] | None:
+        """Read-only memory map (N, H, W), verified when first asked for; None without images.
+
+        Raises:
+            DataError: damaged, or changed after the import.
+        """
+        entry = self.manifest["files"].get(_IMAGES)
+        return None if entry is None else _open_images(self.path, entry, len(self.table))
 
 
 def write_dataset(
@@ -70,6 +92,8 @@ def write_dataset(
     calibration: dict[str, Any] | None = None,
     rejected: Iterable[RejectedRow] = (),
     acquired: NDArray[np.datetime64] | None = None,
+    images: NDArray[np.uint8] | None = None,
+    has_image: NDArray[np.bool_] | None = None,
     force: bool = False,
 ) -> Dataset:
     """Writes a session as a folder, whole or not at all.
@@ -79,22 +103,30 @@ def write_dataset(
         path: the folder; its parents are made.
         provenance: where the session comes from (JSON values), kept in the manifest.
         calibration: fitted on this session's labels.
-        rejected: the rows that the import kept out.
+        rejected: the rows and images that the import kept out.
         acquired: (N,) time of acquisition, NaT = unknown.
+        images: uint8 (N, H, W), an array or a memory map; written in pieces, never copied whole.
+        has_image: (N,) which rows of ``images`` hold one; None = all.
         force: replace an earlier dataset folder; one with anything else in it is never touched.
 
     Raises:
         DataError: something else is there, or it cannot be written.
+        ValueError: images or has_image do not fit the table.
     """
-    target = Path(path).resolve()
+    target = check_target(path, force)
     rejected = tuple(rejected)
-    _check_target(target, force)
-    files = {_TABLE: _table_bytes(table, acquired), _REJECTED: _rejected_bytes(rejected)}
+    has_image = _checked_has_image(len(table), images, has_image)
+    contents: dict[str, Iterable[bytes | memoryview]] = {
+        _TABLE: [_table_bytes(table, acquired, has_image)],
+        _REJECTED: [_rejected_bytes(rejected)],
+    }
     if calibration is not None:
-        files[_CALIBRATION] = _json_bytes(calibration)
+        contents[_CALIBRATION] = [_json_bytes(calibration)]
+    if images is not None:
+        contents[_IMAGES] = _npy_pieces(images)
     manifest = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if images is None else FORMAT_VERSION,
         "created_by": f"ssl2rl-ray {own_version()}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "content_hash": table.content_hash,
@@ -105,25 +137,30 @@ def write_dataset(
             "patches": len(table.patch_name),
             "labelled": int(table.is_labelled.sum()),
             "predicted": int(np.isfinite(table.predicted_ctf_A).sum()),
+        }
+        | ({} if has_image is None else {"images": int(has_image.sum())}),
+        "rejected": {
+            "rows": len(rejected),
+            "by_file": dict(Counter(row.origin for row in rejected)),
         },
-        "rejected": {"rows": len(rejected), "by_file": dict(Counter(row.file for row in rejected))},
         "provenance": provenance,
-        "files": {
-            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            for name, data in files.items()
-        },
     }
-    files[_MANIFEST] = _json_bytes(manifest)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_folder(target, files)
+        with _replacing(target) as new:
+            manifest["files"] = {
+                name: _write_file(new / name, pieces) for name, pieces in contents.items()
+            }
+            _write_file(new / _MANIFEST, [_json_bytes(manifest)])
     except OSError as error:
         raise DataError(f"cannot write the dataset folder {path}: {error}") from error
     return read_dataset(target)
 
 
 def read_dataset(path: str | os.PathLike[str]) -> Dataset:
-    """Reads a folder of ``write_dataset`` and verifies every byte of it.
+    """Reads a folder of ``write_dataset`` and verifies every byte of it, of images the size.
+
+    The bytes of the images are verified when they are first asked for (``Dataset.images``).
 
     Raises:
         DataError: missing, not a dataset folder, made by a newer version, damaged or edited.
@@ -140,8 +177,14 @@ def read_dataset(path: str | os.PathLike[str]) -> Dataset:
         )
     try:
         files = dict(manifest["files"])
-        data = {name: _read_verified(folder, name, dict(files[name])) for name in files}
-        table, acquired = _table_of(data[_TABLE])
+        if _IMAGES in files:
+            _check_size(folder, _IMAGES, dict(files[_IMAGES]))
+        data = {
+            name: _read_verified(folder, name, dict(files[name]))
+            for name in files
+            if name != _IMAGES
+        }
+        table, acquired, has_image = _table_of(data[_TABLE])
         calibration = json.loads(data[_CALIBRATION]) if _CALIBRATION in data else None
     except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
         if isinstance(error, DataError):
@@ -155,8 +198,43 @@ def read_dataset(path: str | os.PathLike[str]) -> Dataset:
             f"{manifest.get('content_hash')}: {_AGAIN}"
         )
     return Dataset(
-        path=folder, table=table, manifest=manifest, calibration=calibration, acquired=acquired
+        path=folder,
+        table=table,
+        manifest=manifest,
+        calibration=calibration,
+        acquired=acquired,
+        has_image=has_image,
     )
+
+
+def check_target(path: str | os.PathLike[str], force: bool) -> Path:
+    """The absolute path of a folder that may be written: free, empty, or ours and to be replaced.
+
+    Raises:
+        DataError: something else is there.
+    """
+    target = Path(path).resolve()
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise DataError(f"{target} is a file: choose another --out")
+    found = {entry.name for entry in target.iterdir()}
+    if not found:
+        return target
+    try:
+        _read_manifest(target)
+    except DataError:
+        raise DataError(
+            f"{target} holds other files and is left alone: choose another --out"
+        ) from None
+    if foreign := sorted(found - _OURS):
+        raise DataError(
+            f"{target} is a dataset folder with other files in it ({foreign[0]!r}): "
+            "move them away or choose another --out"
+        )
+    if not force:
+        raise DataError(f"{target} is a dataset already: add --force to replace it")
+    return target
 
 
 _AGAIN = "import the session again (`ssl2rl import ... --force`), or copy the folder again"
@@ -184,24 +262,93 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_verified(folder: Path, name: str, expected: dict[str, Any]) -> bytes:
+def _check_size(folder: Path, name: str, expected: dict[str, Any]) -> None:
     if name not in _OURS:
         raise DataError(f"{folder / _MANIFEST} lists the unknown file {name!r}: {_AGAIN}")
+    try:
+        found = (folder / name).stat()
+    except OSError as error:
+        raise DataError(f"{folder / name} is missing or unreadable: {_AGAIN}") from error
+    if not stat.S_ISREG(found.st_mode):  # a pipe would never end
+        raise DataError(f"{folder / name} is not a file: {_AGAIN}")
+    if found.st_size != expected["bytes"]:
+        raise DataError(
+            f"{folder / name} has {found.st_size} bytes, its manifest says {expected['bytes']}: "
+            + _AGAIN
+        )
+
+
+def _read_verified(folder: Path, name: str, expected: dict[str, Any]) -> bytes:
+    _check_size(folder, name, expected)
     try:
         data = (folder / name).read_bytes()
     except OSError as error:
         raise DataError(f"{folder / name} is missing or unreadable: {_AGAIN}") from error
-    if len(data) != expected["bytes"]:
-        raise DataError(
-            f"{folder / name} has {len(data)} bytes, its manifest says {expected['bytes']}: "
-            + _AGAIN
-        )
     if hashlib.sha256(data).hexdigest() != expected["sha256"]:
         raise DataError(f"{folder / name} was changed after the import: {_AGAIN}")
     return data
 
 
-def _table_bytes(table: HoleTable, acquired: NDArray[np.datetime64] | None) -> bytes:
+def _open_images(folder: Path, expected: dict[str, Any], num_holes: int) -> NDArray[np.uint8]:
+    """The memory map of verified images; nothing that the file says is believed before."""
+    path = folder / _IMAGES
+    _check_size(folder, _IMAGES, expected)
+    try:
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
+                raise DataError(f"{path} was changed after the import: {_AGAIN}")
+            stream.seek(0)
+            if np.lib.format.read_magic(stream) != (1, 0):
+                raise ValueError("not version 1.0 of the format")
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+            offset = stream.tell()
+            if dtype != np.uint8 or is_fortran or len(shape) != 3 or shape[0] != num_holes:
+                raise ValueError(f"{dtype} {shape}, expected uint8 ({num_holes}, H, W)")
+            if offset + int(np.prod(shape, dtype=object)) != expected["bytes"]:
+                raise ValueError(f"shape {shape} does not fit its {expected['bytes']} bytes")
+            return np.memmap(stream, dtype, mode="r", offset=offset, shape=shape)
+    except OSError as error:
+        raise DataError(f"{path} is missing or unreadable: {_AGAIN}") from error
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not an array of hole images ({error}): {_AGAIN}") from error
+
+
+def _checked_has_image(
+    num_holes: int, images: NDArray[np.uint8] | None, has_image: NDArray[np.bool_] | None
+) -> NDArray[np.bool_] | None:
+    if images is None:
+        if has_image is not None:
+            raise ValueError("has_image says which rows of images hold one: give images too")
+        return None
+    if images.dtype != np.uint8 or images.ndim != 3 or len(images) != num_holes:
+        raise ValueError(
+            f"images: expected uint8 ({num_holes}, H, W), found {images.dtype} {images.shape}"
+        )
+    has_image = np.ones(num_holes, bool) if has_image is None else np.asarray(has_image, bool)
+    if has_image.shape != (num_holes,):
+        raise ValueError(f"has_image: expected ({num_holes},), found {has_image.shape}")
+    return has_image
+
+
+def _npy_pieces(images: NDArray[np.uint8]) -> Iterator[bytes | memoryview]:
+    """The bytes of a .npy file in C order, a few images at a time."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": images.shape}
+    )
+    yield header.getvalue()
+    rows = max(1, _CHUNK_BYTES // max(1, images[:1].nbytes))
+    for start in range(0, len(images), rows):
+        yield np.ascontiguousarray(images[start : start + rows]).data
+
+
+def _table_bytes(
+    table: HoleTable,
+    acquired: NDArray[np.datetime64] | None,
+    has_image: NDArray[np.bool_] | None,
+) -> bytes:
     columns: dict[str, Any] = {"hole_name": table.hole_name}
     for level in _LEVELS:
         codes = columns[f"{level}_id"] = getattr(table, f"{level}_id")
@@ -209,6 +356,8 @@ def _table_bytes(table: HoleTable, acquired: NDArray[np.datetime64] | None) -> b
     columns |= {name: getattr(table, name) for name in (*_VALUES, "is_labelled")}
     if acquired is not None:
         columns["acquired"] = np.asarray(acquired, "datetime64[us]")
+    if has_image is not None:
+        columns["has_image"] = has_image
     arrays = {  # text through lists: Arrow does not take numpy's fixed-width strings
         name: pa.array(values.tolist() if values.dtype.kind == "U" else values, _TYPES[name])
         for name, values in columns.items()
@@ -218,16 +367,19 @@ def _table_bytes(table: HoleTable, acquired: NDArray[np.datetime64] | None) -> b
     return stream.getvalue()
 
 
-def _table_of(data: bytes) -> tuple[HoleTable, NDArray[np.datetime64] | None]:
+def _table_of(
+    data: bytes,
+) -> tuple[HoleTable, NDArray[np.datetime64] | None, NDArray[np.bool_]]:
     arrow = pq.read_table(pa.BufferReader(data))
     columns: dict[str, Any] = {field.name: arrow[field.name].to_numpy() for field in arrow.schema}
     acquired = columns.pop("acquired", None)
+    has_image = columns.pop("has_image", np.zeros(len(arrow), bool))
     for level in _LEVELS:  # a name per hole becomes a name per code
         codes, names = columns[f"{level}_id"], columns[f"{level}_name"].astype(np.str_)
         _, first = np.unique(codes, return_index=True)
         columns[f"{level}_name"] = names[first]
     columns["hole_name"] = columns["hole_name"].astype(np.str_)
-    return HoleTable(**columns), acquired
+    return HoleTable(**columns), acquired, has_image
 
 
 def _rejected_bytes(rejected: tuple[RejectedRow, ...]) -> bytes:
@@ -244,41 +396,27 @@ def _json_bytes(value: Any) -> bytes:
     )
 
 
-def _check_target(target: Path, force: bool) -> None:
-    """Raises DataError unless the path is free, empty, or ours and to be replaced."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise DataError(f"{target} is a file: choose another --out")
-    found = {entry.name for entry in target.iterdir()}
-    if not found:
-        return
-    try:
-        _read_manifest(target)
-    except DataError:
-        raise DataError(
-            f"{target} holds other files and is left alone: choose another --out"
-        ) from None
-    if foreign := sorted(found - _OURS):
-        raise DataError(
-            f"{target} is a dataset folder with other files in it ({foreign[0]!r}): "
-            "move them away or choose another --out"
-        )
-    if not force:
-        raise DataError(f"{target} is a dataset already: add --force to replace it")
+def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int | str]:
+    """Writes the pieces to the disk itself; their size and SHA-256 for the manifest."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as stream:
+        for piece in pieces:
+            stream.write(piece)
+            digest.update(piece)
+            size += memoryview(piece).nbytes
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _write_folder(target: Path, files: dict[str, bytes]) -> None:
-    """All files in a temporary sibling, then one rename; an earlier folder goes last."""
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary sibling to fill, then one rename; an earlier folder goes last."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}-", dir=target.parent))
     try:
         new, old = temporary / "new", temporary / "old"
         new.mkdir()
-        for name, data in files.items():
-            with (new / name).open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+        yield new
         if target.exists():
             target.rename(old)
             try:

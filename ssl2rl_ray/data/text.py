@@ -51,19 +51,25 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RejectedRow:
-    """A line that was kept out."""
+    """A line, or a whole image, that was kept out."""
 
     file: str
-    """As the caller named it."""
-    line: int
-    """1-based."""
+    """As the caller named it; of an image the caller's folder and the file's name."""
+    line: int | None
+    """1-based; None: the file as a whole, as of an image."""
     reason: str
-    text: str
+    text: str = ""
     """Its beginning, quoted and escaped: safe in a terminal and in a spreadsheet."""
+
+    @property
+    def origin(self) -> str:
+        """What a user named: the file of a line, the folder of an image."""
+        return self.file if self.line is not None else os.path.join(os.path.dirname(self.file), "")
 
     def __str__(self) -> str:
         """One line for people."""
-        return f"{self.file}, line {self.line}: {self.reason}: {self.text}"
+        where = self.file if self.line is None else f"{self.file}, line {self.line}"
+        return f"{where}: {self.reason}" + (f": {self.text}" if self.text else "")
 
 
 class BadRow(Exception):  # noqa: N818  (an outcome of a row, never seen by a caller)
@@ -155,7 +161,7 @@ def parse_rows(
             continue
         rows[name] = value
         first_line[name] = number
-    rejected.sort(key=lambda row: row.line)
+    rejected.sort(key=lambda row: row.line or 0)
     if not rows:
         shown = "\n  ".join(str(row) for row in rejected[:3])
         raise DataError(
