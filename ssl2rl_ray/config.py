@@ -181,11 +181,115 @@ class NavigationRunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
-KINDS: dict[str, type[NavigationRunConfig]] = {"navigation": NavigationRunConfig}
+@dataclass(frozen=True, kw_only=True)
+class PerceptionDataConfig:
+    """Which images, which squares validate, which labels may be used."""
+
+    dataset: str | None = None
+    """Dataset folder with images, as ``ssl2rl import`` writes it; None = drawn by ``preset``."""
+    preset: str = "y3-mini"
+    """Synthetic preset with images, drawn from the run's seed; ignored where a dataset is named."""
+    validation_share: float = 0.25
+    """Of the holes, in whole squares, held out of training (SSL²-RL, table 1: 2164 of 8653)."""
+    labelled_fraction: float = 0.05
+    """Of the labelled training holes: how many labels are used; the others count as unlabelled."""
+    validation_labelled_fraction: float = 0.0
+    """Of the validation holes: known to the hierarchical posterior, as in a session under way.
+
+    The classifier never sees them, and nothing is reported on them.
+    """
+    low_ctf_threshold_A: float = 6.0
+    """Å; a hole is low-CTF below it (SSL²-RL, section 4)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """The network that looks at a hole."""
+
+    network: Literal["resnet18", "cnn"] = "resnet18"
+    """``resnet18`` (SSL²-RL, appendix B.2), or a CNN of 60,000 weights for machines without GPU."""
+    dropout: float = 0.5
+    """Before the last layer (SSL²-RL, appendix B.2)."""
+    initial: str | None = None
+    """Run of kind perception whose classifier is the start; None = random weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptionTrainingConfig:
+    """One training stage."""
+
+    method: Literal["supervised", "fixmatch", "finetuning"] = "fixmatch"
+    """``supervised``: labelled holes only; ``fixmatch``: with consistency on unlabelled ones (Sohn
+    et al. 2020); ``finetuning``: with pseudo labels from a file (SSL²-RL, section 3)."""
+    num_epochs: int | None = None
+    """Passes over the labelled holes. None: as the method: 200, finetuning 40 (SSL²-RL, B.2)."""
+    batch_size: int = 64
+    """Labelled images of a step, of all workers together."""
+    learning_rate: float | None = None
+    """Of SGD with Nesterov momentum, falling as cos(7 pi k / 16 K) (Sohn et al., section 2.4).
+
+    None: as the method: 0.01, finetuning 0.001 (SSL²-RL, B.2).
+    """
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    ema_decay: float = 0.99
+    """Of the average of the weights, which predicts; less in the first steps."""
+    unlabelled_ratio: int = 4
+    """uratio: unlabelled (or pseudo-labelled) images for each labelled one in a step."""
+    unsupervised_weight: float = 1.0
+    """ulb_loss_ratio, lambda; the paper has 5, which amplifies over-confident pseudo labels."""
+    confidence_threshold: float = 0.8
+    """p_cutoff, tau: FixMatch accepts predictions of at least this confidence."""
+    is_aligned: bool = False
+    """FixMatch: move predictions to the labelled share first (distribution alignment)."""
+    num_warmup_epochs: int = 0
+    """FixMatch: epochs before the unsupervised term begins."""
+    augmentation_strength: float = 1.0
+    """FixMatch: of the strong view, see ``perception.augment``."""
+    pseudo_labels: str | None = None
+    """Finetuning: parquet file with ``hole_name``, ``is_low_ctf``, ``confidence``."""
+    num_folds: int = 5
+    """Classifiers trained besides, each without a part of the labelled holes; 0 = none.
+
+    What they say of that part gives the temperature and the hierarchical posterior.
+    """
+    evaluation_interval_epochs: int = 1
+    """Epochs between validations and checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Where it runs."""
+
+    num_workers: int = 0
+    """Ray Train workers, which share each batch; 0 = in this process, without Ray."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: a GPU where torch sees one (one a worker), with bfloat16 arithmetic."""
+    num_torch_threads: int = 2
+    """Of each worker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptionRunConfig:
+    """``kind: perception``: train the classifier that guesses P(low-CTF) from a hole's image."""
+
+    kind: Literal["perception"] = "perception"
+    seed: int = 0
+    data: PerceptionDataConfig = field(default_factory=PerceptionDataConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    training: PerceptionTrainingConfig = field(default_factory=PerceptionTrainingConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+RunConfig = NavigationRunConfig | PerceptionRunConfig
+KINDS: dict[str, type[RunConfig]] = {
+    "navigation": NavigationRunConfig,
+    "perception": PerceptionRunConfig,
+}
 """The class of each ``kind``."""
 SYNTHETIC_THRESHOLD_A = 6.0
 """Å; what synthetic sessions, and the calibrations that an import stores, call low-CTF."""
-_COMING = ("perception", "ssl2rl", "crystfel")
+_COMING = ("ssl2rl", "crystfel")
 _MAX_BYTES = 2**20
 
 
@@ -202,7 +306,7 @@ class ConfigError(ValueError):
 
 def load_config(
     path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
-) -> NavigationRunConfig:
+) -> RunConfig:
     """The config of a YAML file with ``a.b=value`` overrides; None = the defaults.
 
     Values of overrides are YAML too: ``training.num_env_steps=2e5``, ``data.train=[a, b]``.
@@ -218,7 +322,7 @@ def load_config(
     return from_dict(values, source)
 
 
-def from_dict(values: dict[str, Any], source: str = "config") -> NavigationRunConfig:
+def from_dict(values: dict[str, Any], source: str = "config") -> RunConfig:
     """The checked config of plain values, the inverse of ``to_dict``; raises ConfigError."""
     kind = values.get("kind", "navigation")
     if kind in _COMING:
@@ -236,7 +340,7 @@ def from_dict(values: dict[str, Any], source: str = "config") -> NavigationRunCo
     return config
 
 
-def check(config: NavigationRunConfig) -> None:
+def check(config: RunConfig) -> None:
     """Raises ConfigError with everything that is out of range or does not go together."""
     if problems := list(_problems(config)):
         raise ConfigError(problems)
@@ -468,9 +572,16 @@ def _show(value: Any) -> str:
 # ---------------------------------------------------------------- what goes together
 
 
-def _problems(config: NavigationRunConfig) -> Iterator[str]:
+def _problems(config: RunConfig) -> Iterator[str]:
     """Everything that is out of range or contradicts something else."""
     yield from _out_of_range(config)
+    if isinstance(config, PerceptionRunConfig):
+        yield from _perception_problems(config)
+    else:
+        yield from _navigation_problems(config)
+
+
+def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
     data, sessions, env = config.data, config.sessions, config.env
     try:
         rules = navigation_config(env)
@@ -545,65 +656,151 @@ def _problems(config: NavigationRunConfig) -> Iterator[str]:
         yield "algorithm.learning_starts: is not below training.num_env_steps; it would never learn"
 
 
-_ABOVE_ZERO = {
-    "sessions": ("pool_size",),
-    "env": ("low_ctf_threshold_A", "reward"),
-    "algorithm": (
-        "learning_rate",
-        "discount_per_min",
-        "n_step",
-        "hidden_sizes",
-        "batch_size",
-        "buffer_capacity",
-        "updates_per_env_step",
-        "target_update_interval",
-        "target_update_rate",
-        "epsilon_steps",
-        "max_grad_norm",
-        "reward_scale",
-    ),
-    "training": (
-        "num_env_steps",
-        "num_envs_per_runner",
-        "rollout_length",
-        "num_torch_threads",
-        "evaluation_interval_steps",
-        "num_validation_sessions",
-    ),
+def _perception_problems(config: PerceptionRunConfig) -> Iterator[str]:
+    data, training, compute = config.data, config.training, config.compute
+    if data.preset not in PRESETS:
+        yield f"data.preset: expected one of {_words(PRESETS)}, found {data.preset!r}"
+    if not data.validation_share < 1:
+        yield f"data.validation_share: must be below 1, found {data.validation_share}"
+    if training.ema_decay >= 1:
+        yield f"training.ema_decay: must be below 1, found {training.ema_decay}"
+    if not 0.5 <= training.confidence_threshold <= 1:
+        yield (
+            "training.confidence_threshold: a confidence is between 0.5 and 1, found "
+            f"{training.confidence_threshold}"
+        )
+    defaults, method = PerceptionTrainingConfig(), training.method
+    for name, users in _STAGE_SETTINGS.items():
+        if getattr(training, name) != getattr(defaults, name) and method not in users:
+            yield f"training.{name}: is of {_words(users)} only, and training.method is {method}"
+    if method == "fixmatch" and data.labelled_fraction == 1 and data.dataset is None:
+        yield (
+            "data.labelled_fraction: 1 leaves nothing unlabelled for fixmatch; "
+            "set training.method supervised, or a smaller fraction"
+        )
+    if method == "finetuning":
+        if training.pseudo_labels is None:
+            yield "training.pseudo_labels: finetuning needs the file of pseudo labels"
+        if config.classifier.initial is None:
+            yield "classifier.initial: finetuning needs the run whose classifier is to be tuned"
+    if training.num_folds == 1:
+        yield "training.num_folds: 1 would leave nothing to train on; 0 = none, else 2 or more"
+    if training.num_warmup_epochs and training.num_warmup_epochs >= (training.num_epochs or 200):
+        yield "training.num_warmup_epochs: is not below training.num_epochs"
+    if compute.num_workers > 1 and training.batch_size % compute.num_workers:
+        yield (
+            f"training.batch_size: {training.batch_size} cannot be shared equally by "
+            f"{compute.num_workers} workers"
+        )
+
+
+_STAGE_SETTINGS = {
+    "unlabelled_ratio": ("fixmatch", "finetuning"),
+    "unsupervised_weight": ("fixmatch", "finetuning"),
+    "confidence_threshold": ("fixmatch",),
+    "is_aligned": ("fixmatch",),
+    "num_warmup_epochs": ("fixmatch",),
+    "augmentation_strength": ("fixmatch",),
+    "pseudo_labels": ("finetuning",),
 }
-_ZERO_OR_MORE = {
-    "sessions": ("real", "redrawn", "synthetic", "unlabelled"),
-    "algorithm": (
-        "margin",
-        "final_learning_rate",
-        "learning_starts",
-        "epsilon_initial",
-        "epsilon_final",
-        "priority_exponent",
-        "importance_exponent",
-    ),
-    "training": ("num_env_runners",),
+"""Settings that only some methods read."""
+
+# By kind and section; for each rule below, the fields that it holds for.
+_ABOVE_ZERO: dict[str, dict[str, tuple[str, ...]]] = {
+    "navigation": {
+        "sessions": ("pool_size",),
+        "env": ("low_ctf_threshold_A", "reward"),
+        "algorithm": (
+            "learning_rate",
+            "discount_per_min",
+            "n_step",
+            "hidden_sizes",
+            "batch_size",
+            "buffer_capacity",
+            "updates_per_env_step",
+            "target_update_interval",
+            "target_update_rate",
+            "epsilon_steps",
+            "max_grad_norm",
+            "reward_scale",
+        ),
+        "training": (
+            "num_env_steps",
+            "num_envs_per_runner",
+            "rollout_length",
+            "num_torch_threads",
+            "evaluation_interval_steps",
+            "num_validation_sessions",
+        ),
+    },
+    "perception": {
+        "data": ("validation_share", "labelled_fraction", "low_ctf_threshold_A"),
+        "training": (
+            "num_epochs",
+            "batch_size",
+            "learning_rate",
+            "unlabelled_ratio",
+            "evaluation_interval_epochs",
+        ),
+        "compute": ("num_torch_threads",),
+    },
 }
-_AT_MOST_ONE = {
-    "sessions": ("unlabelled",),
-    "algorithm": (
-        "discount_per_min",
-        "target_update_rate",
-        "epsilon_initial",
-        "epsilon_final",
-        "priority_exponent",
-        "importance_exponent",
-    ),
+_ZERO_OR_MORE: dict[str, dict[str, tuple[str, ...]]] = {
+    "navigation": {
+        "sessions": ("real", "redrawn", "synthetic", "unlabelled"),
+        "algorithm": (
+            "margin",
+            "final_learning_rate",
+            "learning_starts",
+            "epsilon_initial",
+            "epsilon_final",
+            "priority_exponent",
+            "importance_exponent",
+        ),
+        "training": ("num_env_runners",),
+    },
+    "perception": {
+        "data": ("validation_labelled_fraction",),
+        "classifier": ("dropout",),
+        "training": (
+            "momentum",
+            "weight_decay",
+            "ema_decay",
+            "unsupervised_weight",
+            "num_warmup_epochs",
+            "augmentation_strength",
+            "num_folds",
+        ),
+        "compute": ("num_workers",),
+    },
+}
+_AT_MOST_ONE: dict[str, dict[str, tuple[str, ...]]] = {
+    "navigation": {
+        "sessions": ("unlabelled",),
+        "algorithm": (
+            "discount_per_min",
+            "target_update_rate",
+            "epsilon_initial",
+            "epsilon_final",
+            "priority_exponent",
+            "importance_exponent",
+        ),
+    },
+    "perception": {
+        "data": ("labelled_fraction", "validation_labelled_fraction"),
+        "classifier": ("dropout",),
+        "training": ("momentum",),
+    },
 }
 
 
-def _out_of_range(config: NavigationRunConfig) -> Iterator[str]:
+def _out_of_range(config: RunConfig) -> Iterator[str]:
     for rule, is_met, named in (
         ("above 0", lambda v: v > 0, _ABOVE_ZERO),
         ("0 or more", lambda v: v >= 0, _ZERO_OR_MORE),
         ("at most 1", lambda v: v <= 1, _AT_MOST_ONE),
     ):
-        for section, names in named.items():
+        for section, names in named[config.kind].items():
             for name in names:
                 value = getattr(getattr(config, section), name)
                 values = value if isinstance(value, tuple) else (value,)
@@ -611,6 +808,8 @@ def _out_of_range(config: NavigationRunConfig) -> Iterator[str]:
                     yield f"{section}.{name}: must be {rule}, found {_plain(value)}"
     if not 0 <= config.seed < 2**32:
         yield f"seed: must be 0 or more and below 2**32, found {config.seed}"
+    if isinstance(config, PerceptionRunConfig):
+        return
     if not config.algorithm.hidden_sizes:
         yield "algorithm.hidden_sizes: expected at least one layer"
     for name in ("train", "validation", "validation_grids"):

@@ -31,7 +31,7 @@ from typing import Any, Self
 
 import pandas as pd
 
-from ssl2rl_ray.config import NavigationRunConfig, load_config, own_version, to_dict, to_yaml
+from ssl2rl_ray.config import RunConfig, load_config, own_version, to_dict, to_yaml
 
 try:
     import fcntl
@@ -65,7 +65,7 @@ class RunDirectory:
     def create(
         cls,
         path: str | os.PathLike[str],
-        config: NavigationRunConfig,
+        config: RunConfig,
         *,
         argv: Sequence[str] = (),
         data_hashes: Mapping[str, str] | None = None,
@@ -116,7 +116,7 @@ class RunDirectory:
     def resume(
         cls,
         path: str | os.PathLike[str],
-        config: NavigationRunConfig,
+        config: RunConfig,
         *,
         argv: Sequence[str] = (),
         data_hashes: Mapping[str, str] | None = None,
@@ -214,7 +214,7 @@ class RunDirectory:
     # ------------------------------------------------------------ what was asked for
 
     @property
-    def config(self) -> NavigationRunConfig:
+    def config(self) -> RunConfig:
         """The merged config; raises ConfigError where config.yaml was edited into nonsense."""
         return load_config(self.path / "config.yaml")
 
