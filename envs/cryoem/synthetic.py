@@ -335,7 +335,7 @@ def draw_visible_components(
     if missing.any():
         raise ValueError(
             f"{missing.sum()} of {len(table)} holes have no CTF value (first "
-            f"{str(table.hole_name[missing][0])!r}), and what an image shows follows from it: give a "
+            f"{str(table.hole_name[missing][0])!r}), from which what shows follows: give a "
             "fully measured session, or table.select(np.isfinite(table.ctf_max_resolution_A))"
         )
     c = nested_components(table, normal_scores(table.ctf_max_resolution_A))
