@@ -37,7 +37,7 @@ class ImagePreset:
     """What images are drawn from.
 
     "Calibrated": set together so that a small CNN, trained as SSL²-RL's appendix B.2 says, reaches
-    that paper's accuracies with 5, 10, 20 and 100 % of labels: ``benchmarks/synthetic_calibration.py``.
+    that paper's accuracies (``benchmarks/synthetic_calibration.py``).
     """
 
     size_px: int = 32
