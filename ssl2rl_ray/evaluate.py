@@ -6,7 +6,6 @@ Shape letters: E episodes, K sessions drawn afresh, N holes, M moves of the long
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +33,7 @@ from envs.cryoem.types import (
 )
 from ssl2rl_ray.data.commands import read_calibration
 from ssl2rl_ray.data.folder import Dataset, read_dataset
+from ssl2rl_ray.data.splits import label_marks
 from ssl2rl_ray.runs import RunDirectory
 from ssl2rl_ray.stats import paired_difference, summarize
 
@@ -405,24 +405,6 @@ _IN_SAMPLE = (
     "{data}, which nobody at the microscope could have done; bring a calibration or a policy from "
     "another session (--calibration TRAIN_DIR), or say --allow-in-sample and have that recorded"
 )
-
-
-def label_marks(table: HoleTable) -> frozenset[str]:
-    """Name, parents and Å of every labelled hole, hashed (12 hex digits each).
-
-    What two tables share tells that they hold labels of one session, also where one is a part of
-    the other or was imported otherwise; the labels themselves are not given away.
-    """
-    rows = table.is_labelled
-    columns = (
-        table.grid_name[table.grid_id[rows]],
-        table.square_name[table.square_id[rows]],
-        table.patch_name[table.patch_id[rows]],
-        table.hole_name[rows],
-        table.ctf_max_resolution_A[rows],
-    )
-    texts = ("/".join(map(str, row)) for row in zip(*(c.tolist() for c in columns), strict=True))
-    return frozenset(hashlib.blake2b(t.encode(), digest_size=6).hexdigest() for t in texts)
 
 
 _COINCIDENCE = 0.01

@@ -4,7 +4,8 @@
     manifest.json     versions, revision, arguments, data hashes, seed, times, status
     metrics.jsonl     one JSON object a line, appended
     checkpoints/      some folders and index.json, which says which is the latest and which the best
-    policy/           the exported artefact, which acts without Ray
+    policy/           the exported artefact, which acts without Ray (kind navigation)
+    model/            the classifier and all that predicting needs (kind perception)
     calibration.json  what turns predictions of any session into probabilities for this policy
     summary.json      the results that a report quotes
 
@@ -21,7 +22,10 @@ import os
 import platform
 import re
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +44,8 @@ except ImportError:  # Windows has no flock: there, nothing keeps two writers ap
 
 FORMAT = "ssl2rl-run"
 FORMAT_VERSION = 1
+STEPS = ("num_env_steps", "epoch")
+"""What counts the progress of a run: the first of them that a row of metrics has."""
 _PACKAGES = ("ray", "torch", "numpy", "gymnasium", "pandas", "pyarrow", "scipy")
 
 
@@ -249,19 +255,19 @@ class RunDirectory:
     def metrics(self) -> pd.DataFrame:
         """All rows in order; a damaged line (the last one after a kill) is left out.
 
-        Where a resumed run went over the same ``num_env_steps`` again, the later rows count.
+        Where a resumed run went over the same steps (``STEPS``) again, the later rows count.
         """
         rows = [row for line in self._metric_lines() if (row := _json_object(line)) is not None]
-        begins: dict[int, float] = {}  # env steps at which each attempt began
+        begins: dict[int, float] = {}  # the step at which each attempt began
         for row in rows:
-            if isinstance(steps := row.get("num_env_steps"), int | float):
-                begins.setdefault(row.get("attempt", 0), steps)
+            if (step := _step(row)) is not None:
+                begins.setdefault(row.get("attempt", 0), step)
 
         def is_current(row: dict[str, Any]) -> bool:
-            steps, attempt = row.get("num_env_steps"), row.get("attempt", 0)
-            if not isinstance(steps, int | float):
+            step, attempt = _step(row), row.get("attempt", 0)
+            if step is None:
                 return True
-            return all(steps < begin for later, begin in begins.items() if later > attempt)
+            return all(step < begin for later, begin in begins.items() if later > attempt)
 
         return pd.DataFrame([row for row in rows if is_current(row)])
 
@@ -282,7 +288,7 @@ class RunDirectory:
 
     def save_checkpoint(
         self,
-        num_env_steps: int,
+        step: int,
         write: Callable[[Path], None],
         *,
         value: float | None = None,
@@ -291,7 +297,7 @@ class RunDirectory:
         """Adds a checkpoint; the folder appears under its name once it is complete.
 
         Args:
-            num_env_steps: env steps so far.
+            step: env steps or epochs so far.
             write: fills an empty folder.
             value: result of the validation; the checkpoint with the highest one is the best.
             num_kept: latest checkpoints that stay, beside the best.
@@ -302,7 +308,7 @@ class RunDirectory:
         self._check_writer()
         root = self.path / "checkpoints"
         root.mkdir(exist_ok=True)
-        name = _free_name(root, f"step-{num_env_steps:09d}")
+        name = _free_name(root, f"step-{step:09d}")
         temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
         try:
             write(temporary)
@@ -312,7 +318,7 @@ class RunDirectory:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        entries = [*self.checkpoints, {"name": name, "num_env_steps": num_env_steps}]
+        entries = [*self.checkpoints, {"name": name, "step": step}]
         entries[-1]["value"] = _plain(value)
         best = _best(entries)
         kept = [e for e in entries if e is best or e in entries[-max(num_kept, 1) :]]
@@ -324,7 +330,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> list[dict[str, Any]]:
-        """``name, num_env_steps, value`` of what is kept and still there, oldest first."""
+        """``name, step, value`` of what is kept and still there, oldest first."""
         index = self._read_json("checkpoints/index.json") or {"checkpoints": []}
         root = self.path / "checkpoints"
         return [entry for entry in index["checkpoints"] if (root / entry["name"]).is_dir()]
@@ -359,15 +365,15 @@ class RunDirectory:
 
     # ------------------------------------------------------------ results
 
-    def write_policy(self, write: Callable[[Path], None]) -> Path:
-        """Puts the exported artefact, made by ``write`` in an empty folder, into ``policy/``."""
+    def write_artefact(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Puts the exported artefact, made by ``write`` in an empty folder, into ``name/``."""
         self._check_writer()
         temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=self.path))
         try:
             write(temporary)
             _sync_tree(temporary)
             temporary.chmod(0o755)
-            if (target := self.path / "policy").exists():
+            if (target := self.path / name).exists():
                 target.rename(Path(tempfile.mkdtemp(prefix=".new-", dir=self.path)) / "old")
             temporary.rename(target)
         finally:
@@ -375,11 +381,15 @@ class RunDirectory:
                 shutil.rmtree(leftover, ignore_errors=True)
         return target
 
+    def artefact(self, name: str) -> Path | None:
+        """Folder of the exported artefact; None = none yet."""
+        path = self.path / name
+        return path if path.is_dir() else None
+
     @property
     def policy(self) -> Path | None:
-        """Folder of the exported artefact; None = none yet."""
-        path = self.path / "policy"
-        return path if path.is_dir() else None
+        """Folder of a navigation run's exported policy; None = none yet."""
+        return self.artefact("policy")
 
     def write_calibration(self, calibration: Mapping[str, Any]) -> None:
         """As ``envs.cryoem.calibration.Calibration.to_json`` gives it."""
@@ -418,6 +428,12 @@ class RunDirectory:
         if (value := _json_object(data)) is None:
             raise RunError(f"{self.path / name} is damaged: restore it from a copy of the run")
         return value
+
+
+def _step(row: Mapping[str, Any]) -> float | None:
+    """How far the run had come at a row of metrics; None = it does not say."""
+    found = next((row[name] for name in STEPS if name in row), None)
+    return found if isinstance(found, int | float) else None
 
 
 def _is_run(folder: Path) -> bool:
@@ -578,3 +594,25 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
             yield from _differences(old.get(name), new.get(name), below)
     elif old != new:
         yield f"{path}: {old!r}, now {new!r}"
+
+
+@contextlib.contextmanager
+def on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C or SIGTERM (of a batch system) lets the step end; the second interrupts."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        print("interrupted: saving a checkpoint, then stopping", file=sys.stderr, flush=True)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():  # None: Ray's own, of which Python does not know
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,11 +1,12 @@
-"""Curves of a run for TensorBoard, all against env steps, so that algorithms compare.
+"""Curves of a run for TensorBoard, all against env steps (or epochs), so that runs compare.
 
 | what | tag |
 |---|---|
 | every number of a row of metrics.jsonl | its key, such as ``validation/episode_return`` |
 | the merged config | text ``config``, at step 0 |
-| hyperparameters | the HPARAMS tab, from the start on, beside ``validation/episode_return`` |
-| the map of a tour | image ``map``, at the end |
+| hyperparameters | the HPARAMS tab, from the start on, beside the metric that validation goes by |
+| the map of a tour | image ``map``, at the end (kind navigation) |
+| reliability, confusion, mistakes | images of those names, at the end (kind perception) |
 
 A resumed run goes on in a new event file of the same folder and takes out the points at and above
 the step where it goes on.
@@ -22,48 +23,49 @@ from typing import Any, Self
 
 import numpy as np
 
-HPARAM_METRIC = "validation/episode_return"
+from ssl2rl_ray.runs import STEPS
 
 
 class TensorBoard:
     """Writes the events of one run; a context manager."""
 
-    def __init__(self, folder: Path, *, first_env_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, first_step: int = 0) -> None:
         """Opens an event file.
 
         Args:
             folder: where TensorBoard is pointed at; made where it is missing.
-            first_env_step: > 0 for a resumed run: points at and above it are taken out.
+            first_step: > 0 for a resumed run: points at and above it are taken out.
         """
         logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about TensorFlow
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
-        self._writer = SummaryWriter(
-            str(folder), purge_step=first_env_step if first_env_step else None
-        )
+        self._writer = SummaryWriter(str(folder), purge_step=first_step if first_step else None)
 
-    def begin(self, config: Mapping[str, Any], config_text: str) -> None:
-        """Notes what was asked for: hyperparameters (nested plain values), the config as YAML."""
+    def begin(self, config: Mapping[str, Any], config_text: str, metric: str) -> None:
+        """Notes what was asked for: hyperparameters (nested plain values), the config as YAML.
+
+        ``metric`` is the tag that stands beside the hyperparameters.
+        """
         from torch.utils.tensorboard.summary import hparams
 
         self._writer.add_text("config", f"```yaml\n{config_text}\n```", 0)
-        for summary in hparams(_flat(config), {HPARAM_METRIC: 0.0}):
+        for summary in hparams(_flat(config), {metric: 0.0}):
             self._file.add_summary(summary)
         self._writer.flush()
 
-    def log(self, row: Mapping[str, Any], num_env_steps: int) -> None:
+    def log(self, row: Mapping[str, Any], step: int) -> None:
         """One point for each finite number of a metrics row; the rest is for metrics.jsonl."""
         for tag, value in row.items():
-            if tag == "num_env_steps" or isinstance(value, bool) or not isinstance(value, Real):
+            if tag in STEPS or isinstance(value, bool) or not isinstance(value, Real):
                 continue
             if np.isfinite(float(value)):
-                self._writer.add_scalar(tag, float(value), num_env_steps)
+                self._writer.add_scalar(tag, float(value), step)
         self._writer.flush()
 
-    def image(self, tag: str, image: np.ndarray, num_env_steps: int) -> None:
+    def image(self, tag: str, image: np.ndarray, step: int) -> None:
         """One picture, (H, W, 3) uint8."""
-        self._writer.add_image(tag, image, num_env_steps, dataformats="HWC")
+        self._writer.add_image(tag, image, step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import pickle
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +32,9 @@ from ssl2rl_ray.algorithms.networks import QNetwork, choose, make_network
 from ssl2rl_ray.algorithms.policy import Artefact
 from ssl2rl_ray.config import NavigationRunConfig, check, navigation_config, to_dict, to_yaml
 from ssl2rl_ray.data.folder import read_dataset
-from ssl2rl_ray.evaluate import label_marks
-from ssl2rl_ray.runs import RunDirectory
+from ssl2rl_ray.data.splits import label_marks
+from ssl2rl_ray.local_ray import local_ray
+from ssl2rl_ray.runs import RunDirectory, on_interrupt
 from ssl2rl_ray.tensorboard import TensorBoard
 
 _VALIDATION_SEED = 20210331
@@ -332,7 +330,7 @@ def train(
     torch.set_num_threads(training.num_torch_threads)
     sessions = sessions_of(config)
     run.write_calibration(sessions.calibration.to_json())
-    with _ray(training.num_env_runners), contextlib.ExitStack() as stack:
+    with local_ray(training.num_env_runners + 1), contextlib.ExitStack() as stack:
         algorithm = ALGORITHMS[config.algorithm.name](
             config.algorithm,
             training,
@@ -347,13 +345,11 @@ def train(
             _keep_best(run)  # it may have been killed between the two
         first_step = algorithm.num_env_steps
         validation = Validation(config)
-        board = stack.enter_context(
-            TensorBoard(run.path / "tensorboard", first_env_step=first_step)
-        )
+        board = stack.enter_context(TensorBoard(run.path / "tensorboard", first_step=first_step))
         if not first_step:
-            board.begin(to_dict(config), to_yaml(config))
+            board.begin(to_dict(config), to_yaml(config), "validation/episode_return")
             _look(config, run, algorithm, validation, board, {}, progress)
-        interrupted = stack.enter_context(_on_interrupt())
+        interrupted = stack.enter_context(on_interrupt())
         clock = _Clock(first_step)
         next_look = _next_multiple(first_step, training.evaluation_interval_steps)
         while algorithm.num_env_steps < training.num_env_steps:
@@ -423,7 +419,7 @@ def _look(
 def _keep_best(run: RunDirectory) -> None:
     """``policy/`` is a copy of the policy of the best checkpoint, if there is one."""
     if (best := run.best) is not None:
-        run.write_policy(functools.partial(_copy_policy, best))
+        run.write_artefact("policy", functools.partial(_copy_policy, best))
 
 
 def _copy_policy(checkpoint: Path, folder: Path) -> None:
@@ -481,7 +477,7 @@ def _finish(run: RunDirectory, algorithm: Any) -> dict[str, Any]:
         "num_env_steps": algorithm.num_env_steps,
         "num_updates": algorithm.num_updates,
         "best_validation_return": best["value"],
-        "best_num_env_steps": best["num_env_steps"],
+        "best_num_env_steps": best["step"],
         "weights_hash": weights_hash(algorithm.network_state()),
         "policy": "policy",
     }
@@ -517,45 +513,3 @@ def _print_row(row: dict[str, Any]) -> None:
     if "train/env_steps_per_s" in row:
         parts += [f"{row['train/env_steps_per_s']:,.0f} steps/s"]
     print("  ".join(parts), file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _ray(num_env_runners: int) -> Iterator[None]:
-    """A Ray of our own unless there is one; only what we started is shut down."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(
-        num_cpus=max(2, num_env_runners + 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM (of a batch system) lets the step end; the second interrupts."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-        print("interrupted: saving a checkpoint, then stopping", file=sys.stderr, flush=True)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():  # None: Ray's own, of which Python does not know
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -376,7 +376,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, number):
         train(config, run, progress=progress)
     stopped = RunDirectory.open(tmp_path / "run")
     assert stopped.status == "interrupted"
-    at = stopped.checkpoints[-1]["num_env_steps"]
+    at = stopped.checkpoints[-1]["step"]
     assert 300 <= at < 900
     rows = []
     with RunDirectory.resume(tmp_path / "run", config) as run:

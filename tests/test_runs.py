@@ -43,8 +43,8 @@ def test_a_run_from_begin_to_end(tmp_path: Path) -> None:
         run.log({"num_env_steps": 10, "loss": np.float32(0.5), "note": "a", "count": np.int64(2)})
         run.log({"num_env_steps": 20, "loss": math.nan, "value": math.inf})
         run.save_checkpoint(20, fill("w"), value=np.float64(1.5))
-        run.write_policy(fill("old"))
-        run.write_policy(fill("new"))
+        run.write_artefact("policy", fill("old"))
+        run.write_artefact("policy", fill("new"))
         run.write_calibration({"slope": np.float64(-1.0)})
         run.write_summary({"return": {"values": np.arange(3)}})
     read = RunDirectory.open(path)
@@ -193,7 +193,7 @@ def test_latest_best_and_a_bounded_number(tmp_path: Path) -> None:
             path = run.save_checkpoint(steps, fill(str(steps)), value=value)
             assert run.latest == path and (path / "weights").read_text() == str(steps)
         assert run.best is not None and (run.best / "weights").read_text() == "20"
-        assert [entry["num_env_steps"] for entry in run.checkpoints] == [20, 40, 50]
+        assert [entry["step"] for entry in run.checkpoints] == [20, 40, 50]
         assert names(tmp_path / "run" / "checkpoints") == {
             "index.json",
             *(f"step-0000000{steps}" for steps in (20, 40, 50)),
@@ -212,8 +212,11 @@ def test_a_failed_checkpoint_or_policy_leaves_the_earlier_one(tmp_path: Path) ->
 
     with RunDirectory.create(tmp_path / "run", CONFIG) as run:
         run.save_checkpoint(10, fill("whole"), value=1)
-        run.write_policy(fill("whole"))
-        for write in (lambda: run.save_checkpoint(20, fail), lambda: run.write_policy(fail)):
+        run.write_artefact("policy", fill("whole"))
+        for write in (
+            lambda: run.save_checkpoint(20, fail),
+            lambda: run.write_artefact("policy", fail),
+        ):
             with pytest.raises(OSError, match="No space left"):
                 write()
         assert run.latest is not None and run.policy is not None

@@ -1,9 +1,13 @@
-"""Which holes train, which validate, and which of them carry a label. Pure functions, no files.
+"""Which holes train, which validate, whose labels are used, and marks that tell labels again.
+
+Pure functions, no files.
 
 Shape letters: N holes, S squares.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import numpy as np
 
@@ -58,3 +62,25 @@ def folds(rows: IntArray, num_folds: int, rng: np.random.Generator) -> list[IntA
     """The rows in ``num_folds`` random parts of nearly equal size, each sorted."""
     parts = np.array_split(rng.permutation(np.asarray(rows)), num_folds)
     return [np.sort(part) for part in parts]
+
+
+def marks(table: HoleTable, rows: IntArray | BoolArray) -> list[str]:
+    """Name, parents and Å of each of the rows, hashed (12 hex digits).
+
+    What two tables share tells that they hold labels of one session, also where one is a part of
+    the other or was imported otherwise; the labels themselves are not given away.
+    """
+    columns = (
+        table.grid_name[table.grid_id[rows]],
+        table.square_name[table.square_id[rows]],
+        table.patch_name[table.patch_id[rows]],
+        table.hole_name[rows],
+        table.ctf_max_resolution_A[rows],
+    )
+    texts = ("/".join(map(str, row)) for row in zip(*(c.tolist() for c in columns), strict=True))
+    return [hashlib.blake2b(text.encode(), digest_size=6).hexdigest() for text in texts]
+
+
+def label_marks(table: HoleTable) -> frozenset[str]:
+    """``marks`` of every labelled hole."""
+    return frozenset(marks(table, table.is_labelled))
