@@ -63,15 +63,19 @@ def _import(args: argparse.Namespace) -> None:
     from ssl2rl_ray.data.commands import import_cryorl_command, import_synthetic_command
 
     if args.source == "cryorl":
-        dataset = import_cryorl_command(
-            args.labels,
-            args.predictions,
-            args.hierarchy,
-            args.timestamps,
-            args.out,
-            args.calibration,
-            force=args.force,
-        )
+        with _Progress() as progress:
+            dataset = import_cryorl_command(
+                args.labels,
+                args.predictions,
+                args.hierarchy,
+                args.timestamps,
+                args.out,
+                args.calibration,
+                images=args.images,
+                image_size_px=args.image_size,
+                force=args.force,
+                on_step=progress,
+            )
     else:
         dataset = import_synthetic_command(args.preset, args.seed, args.out, force=args.force)
     manifest = dataset.manifest
@@ -81,11 +85,15 @@ def _import(args: argparse.Namespace) -> None:
         f"content hash {manifest['content_hash']}"
         + ("; calibration stored for other sessions" if dataset.calibration else ""),
     ]
+    if "images" in counts:  # by the header: their bytes need not be verified for this
+        size = manifest["image_size_px"]
+        lines.append(f"{counts['images']} of {counts['holes']} holes have an image, {size} px")
     if rejected["rows"]:
         by_file = ", ".join(f"{number} of {name}" for name, number in rejected["by_file"].items())
         where = Path(args.out) / "rejected.csv"
         lines.append(
-            f"{rejected['rows']} rows kept out ({by_file}); each with its reason in {where}"
+            f"{rejected['rows']} rows or images kept out ({by_file}); each with its reason in "
+            f"{where}"
         )
     lines += [f"note: {note}" for note in manifest["provenance"]["notes"]]
     _emit(args.json, manifest, "\n".join(lines))
@@ -414,9 +422,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TRAIN_DIR",
         help="dataset folder of another session; its calibration gives the probabilities",
     )
+    sub.add_argument(
+        "--images", metavar="DIR", help="hole images, PNG, MRC or TIFF, each named by its hole"
+    )
+    sub.add_argument(
+        "--image-size",
+        type=_positive(int),
+        metavar="PX",
+        help="side of the images as kept (their own where square and at most 256, else 64)",
+    )
     with_out(sub)
     sub = command("synthetic", _import, "a session drawn from the synthetic model", kinds)
-    sub.add_argument("--preset", default="aldolase", help="(%(default)s)")
+    sub.add_argument(
+        "--preset", default="aldolase", help="aldolase, demo, y3 or y3-mini (%(default)s)"
+    )
     sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     with_out(sub)
 

@@ -7,12 +7,14 @@ from ssl2rl_ray.data.commands import (
 )
 from ssl2rl_ray.data.cryorl import CryorlSession, import_cryorl, parse_cryorl, read_cryorl
 from ssl2rl_ray.data.folder import Dataset, read_dataset, write_dataset
+from ssl2rl_ray.data.images import HoleImages, read_image_folder
 from ssl2rl_ray.data.text import DataError, RejectedRow
 
 __all__ = [
     "CryorlSession",
     "DataError",
     "Dataset",
+    "HoleImages",
     "RejectedRow",
     "import_cryorl",
     "import_cryorl_command",
@@ -21,5 +23,6 @@ __all__ = [
     "read_calibration",
     "read_cryorl",
     "read_dataset",
+    "read_image_folder",
     "write_dataset",
 ]

@@ -145,6 +145,8 @@ def write_dataset(
         },
         "provenance": provenance,
     }
+    if images is not None:
+        manifest["image_size_px"] = images.shape[1]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _replacing(target) as new:

@@ -13,13 +13,13 @@ What is read by what, and why:
 | format | by | reason |
 |---|---|---|
 | PNG, JPEG | Pillow | its output never exceeds what the header says |
-| TIFF, uncompressed | tifffile (extra ``em``) | Pillow reads int8 and some big-endian files wrongly |
+| TIFF, uncompressed | tifffile (extra ``em``) | Pillow reads int8 and other types wrongly |
 | TIFF, compressed, 8 or 16 bits | Pillow (libtiff) | tifffile unpacks a strip to any size at all |
 | MRC | here | the header is five numbers; mrcfile allocates what they say before it looks |
 
-The first row of a file is the first row of the image in every format. For MRC that is the row of the
-lowest y, which programs that put the origin bottom left show at the bottom; Leginon and numpy show
-it on top, as here. Holes have no up or down, so nothing depends on it.
+The first row of a file is the first row of the image in every format. For MRC that is the row of
+the lowest y, which programs that put the origin bottom left show at the bottom; Leginon and numpy
+show it on top, as here. Holes have no up or down, so nothing depends on it.
 """
 
 from __future__ import annotations
@@ -138,11 +138,11 @@ def read_image_folder(
     large = threading.RLock()
     rejected, counts = list(found.rejected), Counter[str]()
 
-    def read(row: int) -> tuple[str, Picture] | BadRow:
+    def look(row: int) -> _Glance | None:
         try:
-            return _read(root / found.file_of[row], root, large)
-        except BadRow as bad:
-            return bad
+            return _glance(_read(root / found.file_of[row], root, large)[1])
+        except BadRow:  # reported when all are read
+            return None
 
     def report(what: str, share: float) -> None:
         if on_step is not None:
@@ -151,16 +151,14 @@ def read_image_folder(
     order = sorted(found.file_of, key=lambda row: (Path(found.file_of[row]).suffix.lower(), row))
     sample = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, _SAMPLE).astype(int))]
     with _quiet(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        sizes, scale = _look_at(pool.map(read, sample))
+        sizes, scale = _chosen(pool.map(look, sample))
         size = image_size_px or _default_size(sizes)
         report("reading images", _SHARED_FRACTION_LOOKING)
 
         def fit(row: int) -> tuple[str, NDArray[np.uint8]] | BadRow:
-            picture = read(row)
-            if isinstance(picture, BadRow):
-                return picture
             try:
-                return picture[0], _fit(picture[1], size, scale)
+                kind, picture = _read(root / found.file_of[row], root, large)
+                return kind, _fit(picture, size, scale)
             except BadRow as bad:
                 return bad
 
@@ -253,7 +251,7 @@ def _find(folder: str | os.PathLike[str], names: list[str]) -> _Found:
         else:
             file_of[row] = file
     if not file_of:
-        what = f"its first image is {ascii(strangers[0])}" if strangers else "it has no image"
+        what = f"its first image is {strangers[0]!a}" if strangers else "it has no image"
         raise DataError(
             f"images: no file of {os.fspath(folder)} is named after a hole ({what}; expected "
             f"such as {names[0] + '.png'!r}): is it the folder of this session?"
@@ -317,7 +315,7 @@ def _judged(data: bytes, num_bytes: int) -> tuple[str, Header]:
         raise BadRow("became shorter while it was read: copy it again")
     try:
         kind, header = open_image(data)
-    except BadRow:
+    except (BadRow, DataError):
         raise
     except Exception as error:  # damaged bytes make the libraries raise anything at all
         raise BadRow(f"damaged header: {_said(error)}") from None
@@ -330,6 +328,7 @@ def open_image(data: bytes) -> tuple[str, Header]:
 
     Raises:
         BadRow: the reason why it cannot be used. Damaged files may raise any Exception.
+        DataError: a package is missing.
     """
     if data.startswith(b"version https://git-lfs"):
         raise BadRow("a Git LFS pointer, not the image: run `git lfs pull` where it came from")
@@ -361,8 +360,12 @@ def _open_pillow(data: bytes, kind: str) -> Header:
 
 
 def _open_tiff(data: bytes) -> Header:
-    import tifffile
-
+    try:
+        import tifffile
+    except ImportError:
+        raise DataError(
+            "TIFF images need tifffile: pip install 'ssl2rl-ray[em]', then import again"
+        ) from None
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page = tiff.pages.first
         try:
@@ -429,7 +432,7 @@ def _open_mrc(data: bytes) -> Header | None:
     if depth != 1:
         raise BadRow(f"{width} x {height} x {depth} pixels: a stack or volume, not one image")
     _check_shape(height, width)
-    dtype = np.dtype(_MRC_DTYPES[mode]).newbyteorder(order)
+    dtype = np.dtype(order + _MRC_DTYPES[mode])
     num_expected = _MRC_HEADER_BYTES + num_extended + width * height * dtype.itemsize
     if num_extended < 0 or num_expected != len(data):
         raise BadRow(f"{len(data)} bytes, its header says {num_expected}: copy it again")
@@ -475,27 +478,36 @@ def _pixels(header: Header) -> Picture:
     return pixels
 
 
-def _look_at(
-    pictures: Iterator[tuple[str, Picture] | BadRow],
-) -> tuple[Counter[tuple[int, int]], Scale | None]:
-    """Sizes (h, w) of a sample, and the map of what is not 8-bit in it; None if nothing is."""
-    sizes: Counter[tuple[int, int]] = Counter()
-    values: list[FloatArray] = []
-    for found in pictures:
-        if isinstance(found, BadRow):  # reported when all are read
-            continue
-        picture = found[1]
-        sizes[picture.shape] += 1
-        if picture.dtype != np.uint8:
-            flat = picture.reshape(-1)
-            values.append(flat[:: -(-flat.size // _SAMPLE_PIXELS)].astype(np.float64))
+class _Glance(NamedTuple):
+    """What is kept of a sampled picture."""
+
+    shape: tuple[int, ...]
+    values: FloatArray | None
+    """Some of its pixels; None of an 8-bit picture."""
+
+
+def _glance(picture: Picture) -> _Glance:
+    if picture.dtype == np.uint8:
+        return _Glance(picture.shape, None)
+    flat = picture.reshape(-1)
+    step = -(-flat.size // _SAMPLE_PIXELS)
+    return _Glance(picture.shape, flat[::step].astype(np.float64))
+
+
+def _chosen(
+    glances: Iterator[_Glance | None],
+) -> tuple[Counter[tuple[int, ...]], Scale | None]:
+    """Sizes (h, w) in a sample, and the map of what is not 8-bit in it; None if nothing is."""
+    found = [glance for glance in glances if glance is not None]
+    sizes = Counter(glance.shape for glance in found)
+    values = [glance.values for glance in found if glance.values is not None]
     if not values:
         return sizes, None
     low, high = np.percentile(np.concatenate(values), PERCENTILES)
     return sizes, Scale(float(low), float(high if high > low else low + 1.0))
 
 
-def _default_size(sizes: Counter[tuple[int, int]]) -> int:
+def _default_size(sizes: Counter[tuple[int, ...]]) -> int:
     if sizes:
         (height, width), _ = sizes.most_common(1)[0]
         if height == width <= MAX_OWN_SIZE_PX:
@@ -516,7 +528,7 @@ def _fit(picture: Picture, size: int, scale: Scale | None) -> NDArray[np.uint8]:
     if side != size:  # an average over the area; there is none when the image becomes larger
         how = Image.Resampling.BOX if side > size else Image.Resampling.BILINEAR
         picture = np.asarray(Image.fromarray(picture).resize((size, size), how))
-    return picture if picture.dtype == np.uint8 else np.rint(picture).astype(np.uint8)
+    return np.rint(picture).astype(np.uint8)  # 8-bit is left as it is
 
 
 # ------------------------------------------------------------ words
@@ -526,7 +538,7 @@ def _notes(
     folder: str | os.PathLike[str],
     found: _Found,
     has_image: BoolArray,
-    sizes: Counter[tuple[int, int]],
+    sizes: Counter[tuple[int, ...]],
     size: int,
     scale: Scale | None,
     kinds: Counter[str],
