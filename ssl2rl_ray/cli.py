@@ -91,9 +91,9 @@ def _import(args: argparse.Namespace) -> None:
     if rejected["rows"]:
         by_file = ", ".join(f"{number} of {name}" for name, number in rejected["by_file"].items())
         where = Path(args.out) / "rejected.csv"
+        what = "rows and images" if "images" in counts else "rows"
         lines.append(
-            f"{rejected['rows']} rows or images kept out ({by_file}); each with its reason in "
-            f"{where}"
+            f"{rejected['rows']} {what} kept out ({by_file}); each with its reason in {where}"
         )
     lines += [f"note: {note}" for note in manifest["provenance"]["notes"]]
     _emit(args.json, manifest, "\n".join(lines))
@@ -107,9 +107,9 @@ def _run(args: argparse.Namespace) -> None:
     config = load_config(args.config, overrides)
     if args.resume and not args.run_dir:
         raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
-    from ssl2rl_ray.train import data_hashes, train
-
-    hashes = data_hashes(config)  # before the folder is made: a mistake in the data leaves none
+    is_navigation = config.kind == "navigation"
+    kind = _Navigation(config) if is_navigation else _Perception(config)
+    hashes = kind.data_hashes()  # before the folder is made: a mistake in the data leaves none
     folder = Path(args.run_dir or _new_run_dir(args.config))
     argv = ["ssl2rl", *args.argv]
     start = RunDirectory.resume if args.resume else RunDirectory.create
@@ -119,11 +119,8 @@ def _run(args: argparse.Namespace) -> None:
         )
         args.resume_hint = shlex.join([*map(str, again), "--resume"])
         with _Progress() as progress:
-            total = config.training.num_env_steps
-            bar = partial(_training_bar, progress, total) if progress.is_terminal else None
-            summary = train(config, run, progress=bar)
-        _leave_map(folder, config, summary["num_env_steps"])
-    _emit(args.json, summary, f"{folder}: done; `ssl2rl evaluate {folder} --data DIR` plays it")
+            summary = kind.train(run, progress)
+    _emit(args.json, summary, f"{folder}: done; {kind.next_command(folder)}")
 
 
 def _leave_map(folder: Path, config: Any, num_env_steps: int) -> None:

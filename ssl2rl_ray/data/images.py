@@ -13,9 +13,11 @@ What is read by what, and why:
 | format | by | reason |
 |---|---|---|
 | PNG, JPEG | Pillow | its output never exceeds what the header says |
-| TIFF, uncompressed | tifffile (extra ``em``) | Pillow reads int8 and other types wrongly |
-| TIFF, compressed, 8 or 16 bits | Pillow (libtiff) | tifffile unpacks a strip to any size at all |
+| TIFF, plain or by deflate | tifffile (extra ``em``) | Pillow reads int8 and others wrongly |
 | MRC | here | the header is five numbers; mrcfile allocates what they say before it looks |
+
+What tifffile would unpack is measured before, because it unpacks a strip to any size at all; other
+compressions are refused, as only libtiff would bound them, which writes to the terminal.
 
 The first row of a file is the first row of the image in every format. For MRC that is the row of
 the lowest y, which programs that put the origin bottom left show at the bottom; Leginon and numpy
@@ -26,16 +28,19 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import stat
 import struct
 import threading
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -343,7 +348,10 @@ def open_image(data: bytes) -> tuple[str, Header]:
 
 
 def _open_pillow(data: bytes, kind: str) -> Header:
-    image = Image.open(io.BytesIO(data), formats=(kind,))
+    try:
+        image = Image.open(io.BytesIO(data), formats=(kind,))
+    except Image.DecompressionBombError:
+        raise BadRow(f"far more than {MAX_PIXELS} pixels: a decompression bomb") from None
     if (frames := getattr(image, "n_frames", 1)) > 1:
         raise BadRow(f"{frames} frames, expected one image")
     width, height = image.size
@@ -359,6 +367,11 @@ def _open_pillow(data: bytes, kind: str) -> Header:
     return Header(height, width, load)
 
 
+_DEFLATE = (8, 32946)
+_MAX_TIFF_VALUES = 2**16
+"""Of a tag of numbers: 4096 x 4096 pixels in tiles of 16 x 16."""
+
+
 def _open_tiff(data: bytes) -> Header:
     try:
         import tifffile
@@ -366,48 +379,73 @@ def _open_tiff(data: bytes) -> Header:
         raise DataError(
             "TIFF images need tifffile: pip install 'ssl2rl-ray[em]', then import again"
         ) from None
+    _check_tiff_directory(data)
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page = tiff.pages.first
-        try:
-            tiff.pages[1]
-        except IndexError:
-            pass
-        else:
-            raise BadRow("more than one page, expected one image")
-        height, width = int(page.imagelength), int(page.imagewidth)
-        _check_shape(height, width)
-        if page.imagedepth != 1 or page.samplesperpixel not in (1, 3, 4):
-            raise BadRow(f"shape {page.shape}, expected (height, width), grey or RGB")
-        if page.dtype is None or page.photometric not in (0, 1, 2):
-            raise BadRow(f"pixels of {page.bitspersample} bits, photometry {page.photometric}")
-        if page.is_tiled and page.tilelength * page.tilewidth > MAX_PIXELS:
-            raise BadRow(f"tiles of {page.tilewidth} x {page.tilelength} pixels")
-        is_grey, dtype = page.samplesperpixel == 1, page.dtype
-        if not is_grey and dtype != np.uint8:
-            raise BadRow(f"colours of {dtype}: save it as grey")
-        if page.compression != 1:
-            if dtype not in (np.uint8, np.uint16):
-                raise BadRow(f"compressed pixels of {dtype}: save it without compression")
-            return _open_pillow(data, "TIFF")
-        num_expected = height * width * page.samplesperpixel * dtype.itemsize
-        num_held = sum(page.databytecounts)
-        ends = np.asarray(page.dataoffsets, object) + np.asarray(page.databytecounts, object)
-        if len(page.dataoffsets) != len(page.databytecounts) or max(ends, default=0) > len(data):
-            raise BadRow(f"truncated: the pixels end beyond its {len(data)} bytes")
-        if num_held < num_expected or (num_held > num_expected and not page.is_tiled):
-            raise BadRow(f"{num_held} bytes of pixels, its header says {num_expected}")
-        is_white_low = page.photometric == 0
+    height, width, dtype = int(page.imagelength), int(page.imagewidth), page.dtype
+    _check_shape(height, width)
+    if page.imagedepth != 1 or page.samplesperpixel not in (1, 3, 4):
+        raise BadRow(f"shape {page.shape}, expected (height, width), grey or RGB")
+    if dtype is None or page.photometric not in (0, 1, 2):
+        raise BadRow(f"pixels of {page.bitspersample} bits, photometry {int(page.photometric)}")
+    is_grey, is_white_low = page.samplesperpixel == 1, page.photometric == 0
+    if not is_grey and dtype != np.uint8:
+        raise BadRow(f"colours of {dtype}: save it as grey")
+    if page.compression not in (1, *_DEFLATE):
+        how = getattr(page.compression, "name", page.compression)
+        raise BadRow(f"compressed by {how}: save it without compression, or by deflate (zip)")
+    # Pixels lie in chunks (strips or tiles). Each must be in the file and of the size that the
+    # header gives it: tifffile would read, and unpack, whatever is there.
+    offsets, counts = page.dataoffsets, page.databytecounts
+    num_chunks, num_chunk_bytes = math.prod(page.chunked), math.prod(page.chunks) * dtype.itemsize
+    if num_chunk_bytes > MAX_BYTES:
+        raise BadRow(f"tiles of shape {page.chunks}: too large")
+    if not len(offsets) == len(counts) == num_chunks:
+        raise BadRow(f"{len(offsets)} strips or tiles, its header says {num_chunks}")
+    if max(map(add, offsets, counts)) > len(data) or sum(counts) > len(data):
+        raise BadRow(f"truncated: its pixels end beyond its {len(data)} bytes")
+    if page.compression == 1:
+        num_bytes = height * width * page.samplesperpixel * dtype.itemsize
+        if page.is_tiled:
+            num_bytes = num_chunks * num_chunk_bytes
+        if sum(counts) != num_bytes:
+            raise BadRow(f"{sum(counts)} bytes of pixels, its header says {num_bytes}")
 
     def load() -> NDArray[Any]:
+        if page.compression != 1:
+            for offset, count in zip(offsets, counts, strict=True):
+                packed = data[offset : offset + count]
+                if len(zlib.decompressobj().decompress(packed, num_chunk_bytes + 1)) > (
+                    num_chunk_bytes
+                ):
+                    raise BadRow(f"a strip or tile unpacks to more than {num_chunk_bytes} bytes")
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
             pixels = tiff.pages.first.asarray(maxworkers=1)
         if not is_grey:
-            if pixels.shape[0] in (3, 4) and pixels.shape[-1] not in (3, 4):  # planes
-                pixels = np.moveaxis(pixels, 0, -1)
+            if pixels.shape[0] == page.samplesperpixel and pixels.shape != (height, width, 3):
+                pixels = np.moveaxis(pixels, 0, -1)  # stored plane by plane
             return np.asarray(Image.fromarray(np.ascontiguousarray(pixels[..., :3])).convert("L"))
         return np.invert(pixels) if is_white_low and dtype.kind == "u" else pixels
 
     return Header(height, width, load)
+
+
+def _check_tiff_directory(data: bytes) -> None:
+    """BadRow unless there is one page, whose tags are not so many that they fill the memory."""
+    order = "<" if data[:2] == b"II" else ">"
+    is_big = 43 in data[2:4]
+    number, entry = (f"{order}Q", f"{order}HHQQ") if is_big else (f"{order}I", f"{order}HHII")
+    (start,) = struct.unpack_from(number, data, 8 if is_big else 4)
+    (num_tags,) = struct.unpack_from(f"{order}Q" if is_big else f"{order}H", data, start)
+    start += 8 if is_big else 2
+    stop = start + num_tags * struct.calcsize(entry)
+    if stop + struct.calcsize(number) > len(data):
+        raise BadRow(f"truncated: its directory ends beyond its {len(data)} bytes")
+    for tag, kind, num_values, _ in struct.iter_unpack(entry, data[start:stop]):
+        if num_values > _MAX_TIFF_VALUES and kind not in (1, 2, 7):  # text and bytes stay as such
+            raise BadRow(f"damaged header: tag {tag} with {num_values} values")
+    if struct.unpack_from(number, data, stop)[0]:
+        raise BadRow("more than one page, expected one image")
 
 
 _MRC_DTYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
@@ -423,14 +461,16 @@ def _open_mrc(data: bytes) -> Header | None:
     orders = (order for order in "<>" if 0 <= struct.unpack_from(f"{order}i", data, 12)[0] <= 127)
     order = ">" if data[212:213] == b"\x11" else "<"
     order = order if order in (found := tuple(orders)) else next(iter(found), None)
-    if order is None or (data[208:211] != b"MAP" and data[212:213] not in b"\0D\x11"):
+    if order is None:
         return None
     width, height, depth, mode = struct.unpack_from(f"{order}4i", data, 0)
+    if data[208:211] != b"MAP" and (min(width, height, depth) < 1 or mode not in _MRC_DTYPES):
+        return None  # files older than that mark are plausible, or something else
     (num_extended,) = struct.unpack_from(f"{order}i", data, 92)
     if mode not in _MRC_DTYPES:
         raise BadRow(f"MRC mode {mode} ({_MRC_OTHER.get(mode, 'unknown')}): save it as mode 2")
     if depth != 1:
-        raise BadRow(f"{width} x {height} x {depth} pixels: a stack or volume, not one image")
+        raise BadRow(f"{width} x {height} x {depth} pixels: not one image")
     _check_shape(height, width)
     dtype = np.dtype(order + _MRC_DTYPES[mode])
     num_expected = _MRC_HEADER_BYTES + num_extended + width * height * dtype.itemsize
