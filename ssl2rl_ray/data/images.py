@@ -457,12 +457,12 @@ def _open_mrc(data: bytes) -> Header | None:
     """By MRC2014 (Cheng et al. 2015); None where the bytes are not MRC at all."""
     if len(data) < _MRC_HEADER_BYTES:
         return None
-    # The machine stamp is often wrong or missing, the mode never above 101: it tells the order.
-    orders = (order for order in "<>" if 0 <= struct.unpack_from(f"{order}i", data, 12)[0] <= 127)
-    order = ">" if data[212:213] == b"\x11" else "<"
-    order = order if order in (found := tuple(orders)) else next(iter(found), None)
-    if order is None:
+    # The stamp of the byte order is often missing or wrong; no mode exceeds 127, which tells it.
+    by_stamp = "><" if data[212:213] == b"\x11" else "<>"
+    orders = [o for o in by_stamp if 0 <= struct.unpack_from(f"{o}i", data, 12)[0] <= 127]
+    if not orders:
         return None
+    order = orders[0]
     width, height, depth, mode = struct.unpack_from(f"{order}4i", data, 0)
     if data[208:211] != b"MAP" and (min(width, height, depth) < 1 or mode not in _MRC_DTYPES):
         return None  # files older than that mark are plausible, or something else
