@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        for path in (args.json, getattr(args, "map", None), args.command == "plan" and args.out):
+        is_file = args.command in ("plan", "predict")
+        for path in (args.json, getattr(args, "map", None), is_file and args.out):
             if path and path != "-":
                 _check_can_be_written(Path(path))
         return args.handler(args) or 0
@@ -100,16 +100,22 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ssl2rl_ray.config import load_config
+    from ssl2rl_ray.config import PerceptionRunConfig, load_config
     from ssl2rl_ray.runs import RunDirectory
 
     overrides = args.set if args.seed is None else [*args.set, f"seed={args.seed}"]
     config = load_config(args.config, overrides)
     if args.resume and not args.run_dir:
         raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
-    is_navigation = config.kind == "navigation"
-    kind = _Navigation(config) if is_navigation else _Perception(config)
-    hashes = kind.data_hashes()  # before the folder is made: a mistake in the data leaves none
+    if isinstance(config, PerceptionRunConfig):
+        from ssl2rl_ray.perception.trainer import data_hashes
+
+        hashes, train = data_hashes(config), _train_classifier
+    else:
+        from ssl2rl_ray.train import data_hashes
+
+        hashes, train = data_hashes(config), _train_policy
+    # only now the folder is made: a mistake in the data leaves none
     folder = Path(args.run_dir or _new_run_dir(args.config))
     argv = ["ssl2rl", *args.argv]
     start = RunDirectory.resume if args.resume else RunDirectory.create
@@ -119,8 +125,60 @@ def _run(args: argparse.Namespace) -> None:
         )
         args.resume_hint = shlex.join([*map(str, again), "--resume"])
         with _Progress() as progress:
-            summary = kind.train(run, progress)
-    _emit(args.json, summary, f"{folder}: done; {kind.next_command(folder)}")
+            summary, text = train(config, run, progress)
+    _emit(args.json, summary, text)
+
+
+def _train_policy(config: Any, run: Any, progress: _Progress) -> tuple[dict[str, Any], str]:
+    from ssl2rl_ray.train import train
+
+    def bar(row: dict[str, Any]) -> None:
+        found = f"training (validation {row['validation/episode_return']:.1f})"
+        progress("training", row["num_env_steps"] / config.training.num_env_steps, found)
+
+    summary = train(config, run, progress=bar if progress.is_terminal else None)
+    _leave_map(run.path, config, summary["num_env_steps"])
+    return summary, f"{run.path}: done; `ssl2rl evaluate {run.path} --data DIR` plays it"
+
+
+def _train_classifier(config: Any, run: Any, progress: _Progress) -> tuple[dict[str, Any], str]:
+    from ssl2rl_ray.perception.trainer import train_classifier
+
+    found = ""
+
+    def bar(row: dict[str, Any]) -> None:
+        nonlocal found
+        if "validation/accuracy" in row:
+            found = f" (validation accuracy {row['validation/accuracy']:.3f})"
+        progress("training", row["epoch"] / row["num_epochs"], f"training {row['fit']}{found}")
+
+    summary = train_classifier(config, run, progress=bar if progress.is_terminal else None)
+    lines = [
+        f"{summary['num_labelled']} labelled and {summary['num_unlabelled']} unlabelled holes, "
+        f"judged on {summary['num_validation']} of other squares:",
+        f"{'':<34}accuracy    AUC    ECE",
+    ]
+    for name, what in _JUDGED.items():
+        if name in summary:
+            accuracy, auc, ece = (_figure(summary[name][key]) for key in ("accuracy", "auc", "ece"))
+            lines.append(f"{what:<34}{accuracy:>8} {auc:>6} {ece:>6}")
+    if summary["is_collapsed"]:
+        lines.append("warning: the classifier calls nearly all holes one thing (collapse)")
+    use = f"ssl2rl predict {run.path} --data DIR --out p_low_ctf.parquet"
+    lines.append(f"{run.path}: done; `{use}` uses it")
+    return summary, "\n".join(lines)
+
+
+_JUDGED = {
+    "classifier": "classifier",
+    "calibrated": "classifier, by temperature",
+    "posterior_blind": "posterior, no label in the square",
+    "posterior": "posterior, with known neighbours",
+}
+
+
+def _figure(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
 
 
 def _leave_map(folder: Path, config: Any, num_env_steps: int) -> None:
@@ -142,12 +200,6 @@ def _leave_map(folder: Path, config: Any, num_env_steps: int) -> None:
     image = draw_tour(contestant(str(folder)), table, navigation_config(config.env))
     with TensorBoard(folder / "tensorboard") as board:
         board.image("map", image, num_env_steps)
-
-
-def _training_bar(progress: _Progress, total: int, row: dict[str, Any]) -> None:
-    """One validation of a run, on a terminal."""
-    found = f"training (validation {row['validation/episode_return']:.1f})"
-    progress("training", row["num_env_steps"] / total, found)
 
 
 def _new_run_dir(config: str) -> Path:
@@ -223,6 +275,35 @@ def _plan(args: argparse.Namespace) -> None:
     if args.map:
         write_bytes(Path(args.map), _png(draw(plan)))
         lines.append(f"map: {args.map}")
+    _emit(args.json, result, "\n".join(lines))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from ssl2rl_ray.perception.predict import predict
+
+    with _Progress() as progress:
+        result = predict(
+            args.run,
+            args.data,
+            args.out,
+            labels=args.labels,
+            dataset=args.dataset,
+            force=args.force,
+            on_step=progress,
+        )
+    lines = [
+        f"{args.out}: p_low_ctf of {result['num_holes']} holes, {result['num_images']} with an "
+        f"image; {result['num_known']} labels used for their neighbours"
+    ]
+    if args.dataset:
+        lines.append(f"{args.dataset}: the session with these probabilities, for `ssl2rl plan`")
+    for name, what in (("classifier", "classifier"), ("posterior", "posterior")):
+        if figures := result.get(name):
+            lines.append(
+                f"{what}: accuracy {_figure(figures['accuracy'])}, AUC {_figure(figures['auc'])} "
+                f"on {figures['num_holes']:.0f} labelled holes that nothing was learned from"
+            )
+    lines += [f"note: {note}" for note in result["notes"]]
     _emit(args.json, result, "\n".join(lines))
 
 
@@ -499,6 +580,25 @@ def _parser() -> argparse.ArgumentParser:
         help="a session under way: labelled holes are done, and what they were is known",
     )
     sub.add_argument("--seed", type=int, default=0)
+    with_json(sub)
+
+    sub = command("predict", _predict, "tell the probability of every hole from its image")
+    sub.add_argument("run", metavar="RUN", help="run of kind perception, or its model folder")
+    sub.add_argument("--data", required=True, metavar="DIR", help="dataset folder with images")
+    sub.add_argument("--out", required=True, metavar="PARQUET")
+    sub.add_argument(
+        "--labels",
+        choices=("data", "run", "none"),
+        default="data",
+        help="whose labels tell about neighbours: all of DIR, those of DIR that the run used, "
+        "none (%(default)s)",
+    )
+    sub.add_argument(
+        "--dataset",
+        metavar="OUT_DIR",
+        help="write DIR again with these probabilities, for evaluate and plan",
+    )
+    sub.add_argument("--force", action="store_true", help="replace an earlier OUT_DIR")
     with_json(sub)
 
     sub = commands.add_parser("config", help="look at a config")

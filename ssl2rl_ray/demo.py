@@ -47,7 +47,9 @@ CONFIG: dict[str, Any] = {
 
 def config(seed: int) -> NavigationRunConfig:
     """The demonstration's config."""
-    return from_dict({**CONFIG, "seed": seed}, "demo")
+    chosen = from_dict({**CONFIG, "seed": seed}, "demo")
+    assert isinstance(chosen, NavigationRunConfig)
+    return chosen
 
 
 def demo(

@@ -1,0 +1,167 @@
+"""``ssl2rl predict``: a trained model on a dataset folder -> probabilities that others read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from envs.cryoem.types import BoolArray
+from ssl2rl_ray.data.folder import Dataset, read_dataset, write_dataset
+from ssl2rl_ray.data.splits import marks
+from ssl2rl_ray.data.text import DataError
+from ssl2rl_ray.perception.metrics import classifier_metrics
+from ssl2rl_ray.perception.model import Model, Prediction, model_of_run
+from ssl2rl_ray.stats import or_none
+
+Labels = Literal["data", "run", "none"]
+
+
+def predict(
+    run: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    labels: Labels = "data",
+    dataset: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    on_step: Callable[[str, float], None] | None = None,
+) -> dict[str, Any]:
+    """Predicts every hole of a dataset folder and writes a parquet file.
+
+    Its columns: ``hole_name``; ``p_low_ctf`` of the hierarchical posterior given the known labels
+    (a hole's own label never enters its own); ``p_marginal`` of the same before any label is
+    known, for planners that learn from labels themselves; ``p_classifier`` and ``logit`` (over the
+    temperature) of the image alone, null without an image; ``is_known``; ``is_seen`` (the
+    classifier learned from its label).
+
+    Args:
+        run: run directory of kind perception, or its ``model`` folder.
+        data: dataset folder with images.
+        out: the parquet file.
+        labels: whose labels tell about their neighbours: all of ``data``, those of them that the
+            run learned from, or none.
+        dataset: also write ``data`` again as a dataset folder whose ``p_low_ctf`` is
+            ``p_marginal`` and whose calibration says what neighbours have in common.
+        force: replace an earlier ``dataset``.
+        on_step: told ``("predicting", share)``.
+
+    Returns:
+        Counts, notes, and ``classifier_metrics`` of classifier and posterior on the labelled holes
+        that the run neither learned from nor validated on.
+
+    Raises:
+        ValueError: no model, no dataset, no images, or images of another size.
+    """
+    model, session = model_of_run(run), read_dataset(data)
+    table, images, has_image = session.table, session.images, session.has_image
+    if images is None or has_image is None or not has_image.any():
+        raise DataError(f"{data} has no images: import the session again with --images DIR")
+    logit = model.logits(table, images, has_image, on_step=on_step)
+    predicted = model.predict(table, logit, _known(labels, model, session))
+    _write(Path(out), session, predicted)
+    if dataset is not None:
+        _write_dataset(model, session, predicted, run, dataset, force)
+    notes = []
+    if num_seen := int(predicted.is_seen.sum()):
+        notes.append(
+            f"the classifier learned from {num_seen} of these holes: theirs are predictions of "
+            "classifiers that did not"
+        )
+    if labels == "data" and predicted.is_known.any():
+        notes.append("every label of the data tells about its neighbours; --labels run or none")
+    return {
+        "num_holes": len(table),
+        "num_images": int(has_image.sum()),
+        "num_known": int(predicted.is_known.sum()),
+        "num_seen": num_seen,
+        "labels": labels,
+        "notes": notes,
+        **_judged(model, session, predicted),
+    }
+
+
+def _known(labels: Labels, model: Model, session: Dataset) -> BoolArray:
+    table = session.table
+    if labels == "data":
+        return table.is_labelled.copy()
+    known = np.zeros(len(table), bool)
+    if labels == "run":
+        rows = np.flatnonzero(table.is_labelled)
+        known[rows] = [mark in model.cross_fitted for mark in marks(table, rows)]
+    return known
+
+
+def _judged(model: Model, session: Dataset, predicted: Prediction) -> dict[str, Any]:
+    """Metrics where labels are new to the model.
+
+    A posterior's p of a known hole leaves its own label out, so known holes count too.
+    """
+    table = session.table
+    rows = np.flatnonzero(table.is_labelled & ~np.isnan(predicted.logit) & ~predicted.is_seen)
+    is_new = [mark not in model.validation_marks for mark in marks(table, rows)]
+    rows = rows[np.array(is_new, bool)]
+    if not len(rows):
+        return {}
+    is_low = table.ctf_max_resolution_A[rows] < model.low_ctf_threshold_A
+    return {
+        name: {key: or_none(value) for key, value in classifier_metrics(is_low, p[rows]).items()}
+        for name, p in (
+            ("classifier", predicted.p_classifier),
+            ("posterior", predicted.p_low_ctf),
+        )
+    }
+
+
+def _write(path: Path, session: Dataset, predicted: Prediction) -> None:
+    """Whole or not at all."""
+    columns = {
+        "hole_name": pa.array(session.table.hole_name.tolist(), pa.string()),
+        "p_low_ctf": pa.array(predicted.p_low_ctf),
+        "p_marginal": pa.array(predicted.p_marginal),
+        "p_classifier": pa.array(predicted.p_classifier, from_pandas=True),
+        "logit": pa.array(predicted.logit, from_pandas=True),
+        "is_known": pa.array(predicted.is_known),
+        "is_seen": pa.array(predicted.is_seen),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        pq.write_table(pa.table(columns), partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_dataset(
+    model: Model,
+    session: Dataset,
+    predicted: Prediction,
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    force: bool,
+) -> None:
+    calibration = model.calibration()
+    write_dataset(
+        session.table.replace(
+            p_low_ctf=predicted.p_marginal, predicted_ctf_A=np.full(len(session.table), np.nan)
+        ),
+        out,
+        provenance={
+            "importer": "predict",
+            "model": os.fspath(run),
+            "source": session.manifest["provenance"],
+            "num_shared_holes": int(predicted.is_seen.sum()),
+            "notes": ["p_low_ctf is p_marginal of a perception run"],
+        },
+        calibration=None if calibration is None else calibration.to_json(),
+        images=session.images,
+        has_image=session.has_image,
+        acquired=session.acquired,
+        force=force,
+    )

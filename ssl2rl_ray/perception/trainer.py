@@ -1,0 +1,536 @@
+"""Train the classifier of a run: config -> images and splits -> fits -> model, figures, files.
+
+A run has one main fit on all labels, and ``num_folds`` more, each without a part of the labels:
+what those say of their part is what a classifier says of holes that it has not seen, and gives the
+temperature and the hierarchical posterior. ``Training`` goes through them one after the other, in
+this process or in the workers of Ray Train. Everything random hangs on ``config.seed``.
+Shape letters: N holes, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from envs.cryoem.images import draw_images
+from envs.cryoem.synthetic import draw_session
+from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray
+from ssl2rl_ray.config import PerceptionRunConfig, check, to_dict, to_yaml
+from ssl2rl_ray.data.folder import read_dataset
+from ssl2rl_ray.data.splits import choose_labelled, folds, marks, split_by_square
+from ssl2rl_ray.data.text import DataError
+from ssl2rl_ray.perception.classifier import Classifier, make_classifier
+from ssl2rl_ray.perception.fit import Examples, Fit
+from ssl2rl_ray.perception.metrics import classifier_metrics, fit_temperature
+from ssl2rl_ray.perception.model import Model, Prediction, model_of_run
+from ssl2rl_ray.perception.posterior import fit_posterior
+from ssl2rl_ray.runs import RunDirectory, on_interrupt
+from ssl2rl_ray.tensorboard import TensorBoard
+
+_SAMPLE, _SPLIT, _LABELLED, _KNOWN, _FOLDS = range(5)  # streams of random numbers of one seed
+_NUM_FOR_MEAN = 2000
+"""Images whose grey values standardise all: their mean is known to 1 % then."""
+
+
+# ---- what is learned from ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """A session with images."""
+
+    table: HoleTable
+    images: NDArray[np.uint8]
+    """(N, H, W), read-only, often a memory map."""
+    has_image: BoolArray
+    """(N,)"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """Rows of the sample by what they are for, sorted; only holes with an image."""
+
+    labelled: IntArray
+    unlabelled: IntArray
+    validation: IntArray
+    """With a label, not known to the posterior."""
+    known: IntArray
+    """In validation squares, with a label that the posterior may use."""
+
+
+@functools.lru_cache(maxsize=2)
+def sample_of(config: PerceptionRunConfig) -> Sample:
+    """The dataset of the config, or its synthetic sample.
+
+    Raises:
+        DataError: no such dataset, or one without images or labels.
+    """
+    data = config.data
+    if data.dataset is None:
+        rng = np.random.default_rng([config.seed, _SAMPLE])
+        table = draw_session(rng, data.preset)
+        images = draw_images(rng, table, data.preset)
+        return Sample(table=table, images=images, has_image=np.ones(len(table), bool))
+    dataset = read_dataset(data.dataset)
+    images, has_image = dataset.images, dataset.has_image
+    if images is None or has_image is None or not has_image.any():
+        raise DataError(
+            f"{data.dataset} has no images to learn from: import it with --images DIR, or a "
+            "synthetic preset such as y3-mini"
+        )
+    if not (has_image & dataset.table.is_labelled).any():
+        raise DataError(f"{data.dataset} has no labelled hole with an image: nothing to learn from")
+    return Sample(table=dataset.table, images=images, has_image=has_image)
+
+
+def data_hashes(config: PerceptionRunConfig) -> dict[str, str]:
+    """``content_hash`` by path of the dataset that a run reads; raises as ``sample_of``."""
+    path = config.data.dataset
+    return {} if path is None else {path: sample_of(config).table.content_hash}
+
+
+def split_of(config: PerceptionRunConfig, sample: Sample) -> Split:
+    """Validation squares, then which labels of either part are used.
+
+    Raises ValueError where nothing labelled is left on one of the two sides.
+    """
+    data, table = config.data, sample.table
+
+    def rng(stream: int) -> np.random.Generator:
+        return np.random.default_rng([config.seed, stream])
+
+    held_out = split_by_square(table, data.validation_share, rng(_SPLIT))
+    has_label = table.is_labelled & sample.has_image
+    labelled = choose_labelled(
+        np.flatnonzero(has_label & ~held_out), data.labelled_fraction, rng(_LABELLED)
+    )
+    candidates = np.flatnonzero(has_label & held_out)
+    known = choose_labelled(candidates, data.validation_labelled_fraction, rng(_KNOWN))
+    if not len(labelled) or len(known) == len(candidates):
+        raise ValueError(
+            f"seed {config.seed}: the split by squares leaves {len(labelled)} labelled holes to "
+            f"train on and {len(candidates) - len(known)} to validate on; change "
+            "data.validation_share or data.validation_labelled_fraction"
+        )
+    is_unlabelled = sample.has_image & ~held_out
+    is_unlabelled[labelled] = False
+    return Split(
+        labelled=labelled,
+        unlabelled=np.flatnonzero(is_unlabelled),
+        validation=np.setdiff1d(candidates, known),
+        known=known,
+    )
+
+
+def examples_of(config: PerceptionRunConfig, sample: Sample, split: Split) -> Examples:
+    """What the main fit learns from; reads the pseudo labels where the method has any."""
+    truth = truth_of(config, sample.table)
+    examples = Examples(
+        images=sample.images,
+        labelled=split.labelled,
+        is_low=truth == 1,
+        unlabelled=split.unlabelled,
+        validation=split.validation,
+        truth=truth,
+    )
+    if config.training.method != "finetuning":
+        return examples
+    assert config.training.pseudo_labels is not None
+    label, confidence = read_pseudo_labels(config.training.pseudo_labels, sample.table)
+    is_low = examples.is_low.copy()
+    pseudo = split.unlabelled[np.isfinite(label[split.unlabelled])]
+    is_low[pseudo] = label[pseudo] == 1
+    return dataclasses.replace(examples, unlabelled=pseudo, is_low=is_low, confidence=confidence)
+
+
+def truth_of(config: PerceptionRunConfig, table: HoleTable) -> FloatArray:
+    """(N,) 1 low-CTF, 0 not, NaN not measured."""
+    ctf = table.ctf_max_resolution_A
+    return np.where(np.isnan(ctf), np.nan, ctf < config.data.low_ctf_threshold_A)
+
+
+def read_pseudo_labels(path: str, table: HoleTable) -> tuple[FloatArray, FloatArray]:
+    """(N,) label (1, 0, NaN = none) and (N,) confidence of a parquet file's holes.
+
+    Raises DataError where it cannot be read, lacks a column, names a hole twice or one that the
+    table does not have, or has a confidence below 0.
+    """
+    import pyarrow.parquet as pq
+
+    columns = ("hole_name", "is_low_ctf", "confidence")
+    try:
+        found = pq.read_table(path, columns=list(columns)).to_pydict()
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{path}: expected a parquet file with the columns {', '.join(columns)}: {error}"
+        ) from error
+    row_of = {name: row for row, name in enumerate(table.hole_name.tolist())}
+    names = found["hole_name"]
+    if strangers := [name for name in names if name not in row_of]:
+        raise DataError(f"{path}: the session has no hole {strangers[0]!r} ({len(strangers)} rows)")
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: a hole is there twice")
+    label, confidence = np.full(len(table), np.nan), np.zeros(len(table))
+    rows = np.array([row_of[name] for name in names], np.int64)
+    label[rows] = np.array(found["is_low_ctf"], float)
+    confidence[rows] = np.array(found["confidence"], float)
+    if not (confidence >= 0).all():
+        raise DataError(f"{path}: a confidence is below 0 or missing")
+    return label, confidence
+
+
+# ---- all fits of a run ---------------------------------------------------------------------------
+
+
+class Training:
+    """The main fit and the folds, one epoch at a time; resumable between any two.
+
+    Attributes:
+        epochs_done, num_epochs: of all fits together.
+        finished: by name of the fit (``main``, ``fold-0``, ...): weights and logits.
+    """
+
+    def __init__(
+        self,
+        config: PerceptionRunConfig,
+        sample: Sample,
+        *,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        num_workers: int = 1,
+    ) -> None:
+        """Raises ValueError as ``Fit``, and DataError as ``read_pseudo_labels``."""
+        self.config, self.sample = config, sample
+        self._options: dict[str, Any] = {"device": device, "rank": rank, "num_workers": num_workers}
+        self.split = split_of(config, sample)
+        self._examples = examples_of(config, sample, self.split)
+        parts = folds(
+            self.split.labelled,
+            min(config.training.num_folds, len(self.split.labelled)),
+            np.random.default_rng([config.seed, _FOLDS]),
+        )
+        self.parts: dict[str, IntArray] = {"main": np.zeros(0, np.int64)}
+        self.parts |= {f"fold-{i}": part for i, part in enumerate(parts) if len(parts) > 1}
+        self.finished: dict[str, dict[str, Any]] = {}
+        self.fit = self._begin("main")
+        self.num_epochs = self.fit.num_epochs * len(self.parts)
+
+    def _begin(self, name: str) -> Fit:
+        """A fit of its own seed, on all labels but the part's."""
+        self.name = name
+        seed = self.config.seed * 1000 + list(self.parts).index(name)
+        torch.manual_seed(seed)
+        classifier = self._initial_classifier()
+        part, examples = self.parts[name], self._examples
+        if len(part):
+            labelled = np.setdiff1d(examples.labelled, part)
+            unlabelled = examples.unlabelled
+            if self.config.training.method == "fixmatch":  # as every hole without a label
+                unlabelled = np.sort(np.concatenate([unlabelled, part]))
+            examples = dataclasses.replace(
+                examples, labelled=labelled, unlabelled=unlabelled, validation=part
+            )
+        training = self.config.training
+        return Fit(training, classifier, examples, seed=seed, **self._options)
+
+    def _initial_classifier(self) -> Classifier:
+        classifier, size = self.config.classifier, self.sample.images.shape[1]
+        if classifier.initial is not None:
+            return model_of_run(classifier.initial).classifier.requires_grad_(True)
+        made = make_classifier(classifier.network, size, classifier.dropout)
+        train = np.concatenate([self.split.labelled, self.split.unlabelled])
+        rows = np.sort(train)[:: max(1, len(train) // _NUM_FOR_MEAN)]
+        pixels = self.sample.images[rows]
+        made.standardise_by(float(pixels.mean()) / 255, float(pixels.std()) / 255)
+        return made
+
+    @property
+    def epochs_done(self) -> int:
+        """Of all fits together."""
+        return len(self.finished) * self.fit.num_epochs + self.fit.epochs_done * (not self.is_over)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every fit is finished."""
+        return len(self.finished) == len(self.parts)
+
+    def epochs(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """Trains what is left; after each epoch its row of metrics, and whether to save now.
+
+        It is time to save after validations and at the end of a fit. Rows of the main fit have
+        ``train/...`` and, when due, ``validation/...``; of the folds only ``fold/accuracy`` and the
+        like at their end.
+        """
+        while not self.is_over:
+            row = self.fit.epoch()
+            is_main, is_last = self.name == "main", self.fit.epochs_done == self.fit.num_epochs
+            is_due = is_last or not (
+                self.fit.epochs_done % self.config.training.evaluation_interval_epochs
+            )
+            if not is_main:
+                row = {}
+            if self._options["rank"] == 0 and is_due and (is_main or is_last):
+                row |= self.fit.validate()
+            if is_main:
+                row["is_collapsed"] = self.fit.is_collapsed(row)
+            else:
+                row = {name.replace("validation/", "fold/"): v for name, v in row.items()}
+            name = self.name
+            if is_last:
+                self._finish()
+            yield {"epoch": self.epochs_done, "fit": name, **row}, is_due
+
+    def _finish(self) -> None:
+        """Keeps what the fit was for, and begins the next one."""
+        is_main = self.name == "main"
+        rows = np.flatnonzero(self.sample.has_image) if is_main else self.parts[self.name]
+        is_asked = self._options["rank"] == 0
+        self.finished[self.name] = {
+            "logits": torch.from_numpy(self.fit.logits(rows) if is_asked else np.zeros(len(rows))),
+            "weights": self.fit.average.state_dict() if is_main else {},
+        }
+        if not self.is_over:
+            self.fit = self._begin(list(self.parts)[len(self.finished)])
+
+    def state(self) -> dict[str, Any]:
+        """All that goes on: plain values and tensors, for ``torch.save``."""
+        return {
+            "finished": self.finished,
+            "fit": None if self.is_over else self.fit.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state``."""
+        self.finished = dict(state["finished"])
+        if state["fit"] is not None:
+            name = list(self.parts)[len(self.finished)]
+            if name != self.name:
+                self.fit = self._begin(name)
+            self.fit.load_state(state["fit"])
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def train_classifier(
+    config: PerceptionRunConfig,
+    run: RunDirectory,
+    *,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Trains to the end, from the run's latest checkpoint if it has one.
+
+    Args:
+        config: what the run was begun with.
+        run: open for writing; gets metrics, checkpoints, TensorBoard events and figures, the model
+            and the summary.
+        progress: told each row of metrics, with ``num_epochs`` of all fits; None prints lines to
+            stderr.
+
+    Returns:
+        The summary: ``classifier_metrics`` on the validation holes of the ``classifier`` as it is,
+        ``calibrated`` by the temperature, of the ``posterior`` without labels in the validation
+        squares (``posterior_blind``) and with those that are known (``posterior``).
+
+    Raises:
+        ValueError: settings (``config.check``) or data that do not go together, by name.
+        KeyboardInterrupt: after Ctrl-C, once the state is safe on disk.
+    """
+    check(config)
+    sample = sample_of(config)
+    torch.set_num_threads(config.compute.num_torch_threads)
+    training = Training(config, sample, device=device_of(config))
+    if run.latest is not None:
+        training.load_state(_read_state(run.latest))
+    log = _Log(config, run, training.epochs_done, training.num_epochs, progress or _print_row)
+    with log.board, on_interrupt() as interrupted:
+        for row, is_due in training.epochs():
+            if is_due or interrupted.is_set():
+                log.save(row["epoch"], training.state())
+            log.row(row)
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+        return _finish(config, run, training, log.board)
+
+
+def device_of(config: PerceptionRunConfig) -> torch.device:
+    """As asked, or a GPU where torch sees one; raises ValueError where one is asked for in vain."""
+    asked = config.compute.device
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("compute.device: cuda was asked for, and torch sees no GPU; set auto")
+    has_gpu = asked == "cuda" or (asked == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if has_gpu else "cpu")
+
+
+class _Log:
+    """Where rows and states of a run go."""
+
+    def __init__(
+        self,
+        config: PerceptionRunConfig,
+        run: RunDirectory,
+        epochs_done: int,
+        num_epochs: int,
+        progress: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.run, self.num_epochs, self.progress = run, num_epochs, progress
+        self._started = time.perf_counter()
+        self.board = TensorBoard(
+            run.path / "tensorboard", first_step=epochs_done + 1 if epochs_done else 0
+        )
+        if not epochs_done:
+            self.board.begin(to_dict(config), to_yaml(config), "validation/accuracy")
+
+    def row(self, row: dict[str, Any]) -> None:
+        row = {**row, "wall_s": time.perf_counter() - self._started}
+        self.run.log(row)
+        self.board.log(row, row["epoch"])
+        self.progress({**row, "num_epochs": self.num_epochs})
+
+    def save(self, epoch: int, state: dict[str, Any]) -> None:
+        self.run.save_checkpoint(epoch, lambda folder: torch.save(state, folder / "state.pt"))
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """What ``_Log.save`` wrote; raises ValueError where it is damaged."""
+    try:
+        return torch.load(checkpoint / "state.pt", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise ValueError(
+            f"{checkpoint} is damaged ({reason}): remove that folder and resume again, from the "
+            "checkpoint before it"
+        ) from error
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    """A line where there is something to say."""
+    parts = [f"epoch {row['epoch']:>4} of {row['num_epochs']}", row["fit"]]
+    for name in ("validation/accuracy", "fold/accuracy", "train/accepted_share"):
+        if name in row:
+            parts.append(f"{name} {row[name]:.3f}")
+    if any("/accuracy" in part for part in parts):
+        print("  ".join(parts), file=sys.stderr, flush=True)
+    if row.get("is_collapsed"):
+        print(
+            "warning: nearly all holes are called one way (collapse); lower "
+            "training.unsupervised_weight, raise training.num_warmup_epochs, or set is_aligned",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _finish(
+    config: PerceptionRunConfig, run: RunDirectory, training: Training, board: TensorBoard
+) -> dict[str, Any]:
+    """Model, figures and summary of finished fits."""
+    sample, split = training.sample, training.split
+    model, logit = _model(config, training)
+    run.write_artefact("model", model.save)
+    table, rows = sample.table, split.validation
+    is_known = np.zeros(len(table), bool)
+    is_known[split.labelled] = True
+    blind = model.predict(table, logit, is_known)
+    is_known[split.known] = True
+    predicted = model.predict(table, logit, is_known)
+    is_low = truth_of(config, table)[rows] == 1
+    raw = 1 / (1 + np.exp(-logit[rows]))
+    summary: dict[str, Any] = {
+        "num_epochs": training.num_epochs,
+        "num_labelled": len(split.labelled),
+        "num_unlabelled": len(split.unlabelled),
+        "num_validation": len(rows),
+        "num_known_in_validation_squares": len(split.known),
+        "temperature": model.temperature,
+        "is_collapsed": bool(_last(run, "is_collapsed")),
+        "classifier": classifier_metrics(is_low, raw),
+        "calibrated": classifier_metrics(is_low, predicted.p_classifier[rows]),
+    }
+    if model.posterior is not None:
+        summary["posterior_blind"] = classifier_metrics(is_low, blind.p_low_ctf[rows])
+        summary["posterior"] = classifier_metrics(is_low, predicted.p_low_ctf[rows])
+    _draw(run, board, sample, rows, is_low, predicted, training.num_epochs)
+    run.write_summary(summary)
+    return summary
+
+
+def _last(run: RunDirectory, name: str) -> Any:
+    """The last value of a column of the metrics that the main fit has."""
+    rows = run.metrics()
+    if name not in rows:
+        return None
+    found = rows.loc[rows["fit"] == "main", name].dropna()
+    return found.iloc[-1] if len(found) else None
+
+
+def _model(config: PerceptionRunConfig, training: Training) -> tuple[Model, FloatArray]:
+    """The model, and (N,) the logits that its posterior was fitted on."""
+    sample, split, table = training.sample, training.split, training.sample.table
+    main = training.finished["main"]
+    logit = np.full(len(table), np.nan)
+    logit[sample.has_image] = main["logits"].numpy()
+    for name, part in training.parts.items():
+        if name != "main":
+            logit[part] = training.finished[name]["logits"].numpy()
+    classifier = make_classifier(
+        training.fit.average.name, training.fit.average.image_size_px, config.classifier.dropout
+    )
+    classifier.load_state_dict(main["weights"])
+    rows, is_low = split.labelled, truth_of(config, table) == 1
+    is_cross_fitted = len(training.parts) > 1
+    is_known = np.zeros(len(table), bool)
+    is_known[rows] = True
+    model = Model(
+        classifier=classifier.eval().requires_grad_(False),
+        temperature=fit_temperature(logit[rows], is_low[rows]) if is_cross_fitted else 1.0,
+        posterior=fit_posterior(table, logit, is_low, is_known) if is_cross_fitted else None,
+        low_ctf_threshold_A=config.data.low_ctf_threshold_A,
+        cross_fitted=dict(zip(marks(table, rows), logit[rows].tolist(), strict=True)),
+        validation_marks=frozenset(marks(table, np.concatenate([split.validation, split.known]))),
+        notes={"config": to_dict(config), "trained_on": table.content_hash},
+    )
+    return model, logit
+
+
+def _draw(
+    run: RunDirectory,
+    board: TensorBoard,
+    sample: Sample,
+    rows: IntArray,
+    is_low: BoolArray,
+    predicted: Prediction,
+    step: int,
+) -> None:
+    """Reliability, confusion and mistakes: in ``figures/`` and in TensorBoard."""
+    from PIL import Image
+
+    from ssl2rl_ray.perception.figures import draw_confusion, draw_mistakes, draw_reliability
+
+    p, table = predicted.p_low_ctf[rows], sample.table
+    figures = {
+        "reliability": draw_reliability(is_low, p),
+        "confusion": draw_confusion(is_low, p),
+        "mistakes": draw_mistakes(
+            sample.images[rows],
+            is_low,
+            p,
+            table.hole_name[rows],
+            ctf_max_resolution_A=table.ctf_max_resolution_A[rows],
+        ),
+    }
+    folder = run.path / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, image in figures.items():
+        board.image(name, image, step)
+        Image.fromarray(image).save(folder / f"{name}.png")
