@@ -157,12 +157,13 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
         raise ClassifierError(
             f"{folder} is not a classifier ({error}): give a run of kind perception"
         ) from error
+    if description.get("format") != FORMAT:
+        raise ClassifierError(f"{folder} is not a classifier: its model.json is of something else")
     version = description.get("format_version", 0)
-    is_known = isinstance(version, int) and version <= FORMAT_VERSION
-    if description.get("format") != FORMAT or not is_known:
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ClassifierError(
-            f"{folder}: format {description.get('format')!r} version {version}; this program "
-            f"reads {FORMAT!r} up to {FORMAT_VERSION}: update ssl2rl-ray"
+            f"{folder} has format version {version}, this program reads up to {FORMAT_VERSION}: "
+            "update ssl2rl-ray"
         )
     try:
         classifier = make_classifier(
