@@ -5,18 +5,23 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import hashlib
+import io
 import json
 import math
 import os
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from envs.cryoem.types import HoleTable
+from ssl2rl_ray.cli import main
 from ssl2rl_ray.data import (
     DataError,
     RejectedRow,
@@ -465,6 +470,131 @@ def test_a_failed_write_leaves_the_earlier_folder(
     assert [p.name for p in folder.parent.iterdir()] == ["session"]
 
 
+# ------------------------------------------------------------ images in the folder
+
+
+def pictures(num: int, side: int = 4) -> np.ndarray:
+    return np.arange(num * side * side, dtype=np.uint32).reshape(num, side, side).astype(np.uint8)
+
+
+@pytest.fixture
+def with_images(labels: Path, tmp_path: Path) -> Path:
+    has_image = np.array([True, True, False, True, True])
+    images = pictures(5) * has_image[:, None, None]
+    path = tmp_path / "with images"
+    write_dataset(read_cryorl(labels), path, provenance={}, images=images, has_image=has_image)
+    return path
+
+
+def test_images_round_trip(with_images: Path, folder: Path) -> None:
+    dataset = read_dataset(with_images)
+    assert dataset.has_image.tolist() == [True, True, False, True, True]
+    images = dataset.images
+    assert isinstance(images, np.memmap) and not images.flags.writeable
+    np.testing.assert_array_equal(images[[0, 1, 3, 4]], pictures(5)[[0, 1, 3, 4]])
+    assert not images[2].any() and dataset.images is images
+    np.testing.assert_array_equal(np.load(with_images / "images.npy"), images)
+    assert dataset.manifest["counts"]["images"] == 4 and dataset.manifest["image_size_px"] == 4
+    without = read_dataset(folder)
+    assert without.table.content_hash == dataset.table.content_hash  # images are beside the table
+    assert without.images is None and without.has_image.tolist() == [False] * 5
+    assert "images" not in without.manifest["counts"]
+
+
+def test_only_a_folder_with_images_needs_the_newer_reader(with_images: Path, folder: Path) -> None:
+    assert read_dataset(with_images).manifest["format_version"] == 2
+    assert read_dataset(folder).manifest["format_version"] == 1
+
+
+def test_all_holes_have_an_image_unless_it_is_said_otherwise(labels: Path, tmp_path: Path) -> None:
+    table = read_cryorl(labels)
+    dataset = write_dataset(table, tmp_path / "d", provenance={}, images=pictures(5))
+    assert dataset.has_image.all()
+    for images, has_image, match in (
+        (pictures(4), None, r"expected uint8 \(5, H, W\), found uint8 \(4, 4, 4\)"),
+        (pictures(5).astype(float), None, "found float64"),
+        (pictures(5)[0], None, "images: expected"),
+        (pictures(5), np.ones(4, bool), "has_image: expected"),
+        (None, np.ones(5, bool), "give images too"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            write_dataset(table, tmp_path / "e", provenance={}, images=images, has_image=has_image)
+    assert not (tmp_path / "e").exists()
+
+
+def test_images_are_written_and_read_without_being_held_in_memory(tmp_path: Path) -> None:
+    names = [f"h{i}" for i in range(256)]
+    table = HoleTable.from_names(hole_name=names, grid=["g"] * 256, square=["s"] * 256, patch=names)
+    source = np.lib.format.open_memmap(
+        tmp_path / "source.npy", mode="w+", dtype=np.uint8, shape=(256, 512, 512)
+    )  # 64 MiB
+    source[::17, 5, :] = np.arange(512).astype(np.uint8)
+    tracemalloc.start()
+    dataset = write_dataset(table, tmp_path / "d", provenance={}, images=source)
+    mirrored = source[:, :, ::-1]  # in no order that could be written as it is
+    again = write_dataset(table, tmp_path / "e", provenance={}, images=mirrored)
+    assert dataset.images is not None and again.images is not None
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * 2**20
+    np.testing.assert_array_equal(dataset.images[17], source[17])
+    np.testing.assert_array_equal(again.images[17], source[17, :, ::-1])
+
+
+def test_reading_the_table_reads_no_image(with_images: Path) -> None:
+    data = bytearray((with_images / "images.npy").read_bytes())
+    data[-1] ^= 1
+    write(with_images / "images.npy", bytes(data))
+    dataset = read_dataset(with_images)
+    assert len(dataset.table) == 5
+    with pytest.raises(DataError, match=r"images\.npy was changed after the import: import the"):
+        _ = dataset.images
+
+
+def replace_images(folder: Path, data: bytes) -> None:
+    """Another file of images, with a manifest that vouches for it."""
+    write(folder / "images.npy", data)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    files["images.npy"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_manifest(folder, files=files)
+
+
+def npy(array: np.ndarray, **options: bool) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, **options)
+    return stream.getvalue()
+
+
+def test_damaged_images_are_said(with_images: Path) -> None:
+    path = with_images / "images.npy"
+    good = path.read_bytes()
+    for make, match in (
+        (lambda: write(path, good[:-1]), r"images\.npy has \d+ bytes, its manifest says"),
+        (path.unlink, "missing or unreadable"),
+        (lambda: path.symlink_to(with_images), "is not a file"),
+    ):
+        make()
+        with pytest.raises(DataError, match=match):
+            read_dataset(with_images)
+    path.unlink()
+    for data, match in (
+        (good.replace(b"(5, 4, 4)", b"(5, 9, 9)"), "does not fit its"),
+        (good.replace(b"(5, 4, 4)", b"(4, 5, 4)"), r"\(4, 5, 4\), expected uint8 \(5, H, W\)"),
+        (good.replace(b"|u1", b"|i1"), "int8"),
+        (npy(np.asfortranarray(pictures(5))), "expected uint8"),
+        (npy(np.array([{}] * 5), allow_pickle=True), "object"),
+        (b"\x93NUMPY\x09\x00" + good[8:], "not version 1.0"),
+        (b"PK" + good[2:], "magic"),
+        (b"", "images"),
+    ):
+        replace_images(with_images, data)
+        with pytest.raises(DataError, match=match) as told:
+            _ = read_dataset(with_images).images
+        assert "import the session again" in str(told.value)
+    replace_images(with_images, good)
+    assert read_dataset(with_images).images is not None
+
+
 def edit_manifest(folder: Path, **changes: object) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
@@ -595,3 +725,76 @@ def test_synthetic_session_by_seed(tmp_path: Path) -> None:
         import_synthetic_command("nonsense", 3, tmp_path / "d")
     with pytest.raises(DataError, match="seed"):
         import_synthetic_command("demo", -1, tmp_path / "d")
+
+
+@pytest.mark.parametrize("preset", ["demo", "y3-mini"])
+def test_synthetic_sessions_have_images(preset: str, tmp_path: Path) -> None:
+    first = import_synthetic_command(preset, 3, tmp_path / "a")
+    again = import_synthetic_command(preset, 3, tmp_path / "b")
+    assert first.images is not None and again.images is not None
+    assert first.images.shape == (len(first.table), 32, 32) and first.has_image.all()
+    np.testing.assert_array_equal(first.images, again.images)
+    is_predicted = np.isfinite(first.table.predicted_ctf_A)
+    if preset == "demo":
+        assert is_predicted.all() and first.calibration is not None
+    else:  # a classifier of the images is to predict
+        assert not is_predicted.any() and (first.table.p_low_ctf == 0.5).all()
+        assert first.calibration is None
+        assert "a classifier of the images" in first.manifest["provenance"]["notes"][0]
+
+
+def test_images_of_a_session_are_imported_with_it(labels: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for value, name in enumerate(HOLES):
+        Image.fromarray(np.full((20, 20), value, np.uint8)).save(images / f"{name}.png")
+    write(images / f"{HOLES[1]}.png", b"version https://git-lfs.github.com/spec/v1\n")
+    out = tmp_path / "out" / "session"
+    steps: list[float] = []
+    dataset = import_cryorl_command(
+        labels,
+        None,
+        None,
+        None,
+        out,
+        images=images,
+        image_size_px=10,
+        on_step=lambda what, share: steps.append(share),
+    )
+    assert dataset.has_image.tolist() == [True, False, True, False, False]
+    assert dataset.images is not None and dataset.images.shape == (5, 10, 10)
+    assert (dataset.images[2] == 2).all()
+    provenance = dataset.manifest["provenance"]
+    assert provenance["images"]["num_rejected"] == 1 and provenance["images"]["to_uint8"] is None
+    assert provenance["images"]["sizes_in_sample"] == {"20x20": 2}
+    assert any("2 of 5 holes have no file" in note for note in provenance["notes"])
+    assert dataset.manifest["rejected"] == {"rows": 1, "by_file": {f"{images}{os.sep}": 1}}
+    with (out / "rejected.csv").open(newline="") as stream:
+        [_, row] = csv.reader(stream)
+    assert row[:2] == [str(images / f"{HOLES[1]}.png"), ""] and "git lfs pull" in row[2]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["session"]  # nothing temporary
+    assert steps[-1] == 1.0
+    with pytest.raises(DataError, match="--force"):  # before any image is read
+        import_cryorl_command(labels, None, None, None, out, images=tmp_path / "none")
+    with pytest.raises(DataError, match="give --images"):
+        import_cryorl_command(labels, None, None, None, out, image_size_px=10)
+
+
+def test_the_command_says_how_many_images(
+    labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "session"
+    images.mkdir()
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(images / f"{HOLES[0]}.png")
+    write(images / f"{HOLES[1]}.png", b"")
+    words = ["import", "cryorl", "--labels", labels, "--images", images, "--image-size", 8]
+    assert main([*map(str, words), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 5 holes have an image, 8 px" in said
+    assert f"1 rows and images kept out (1 of {images}{os.sep})" in said
+    assert f"with its reason in {out / 'rejected.csv'}" in said
+    assert "3 of 5 holes have no file" in said
+    assert main(["import", "synthetic", "--preset", "demo", "--out", str(tmp_path / "demo")]) == 0
+    assert re.search(r"(\d+) of \1 holes have an image, 32 px", capsys.readouterr().out)
+    assert main([*map(str, words[:-2]), "--out", str(tmp_path / "other")]) == 0
+    assert "1 of 5 holes have an image, 20 px" in capsys.readouterr().out

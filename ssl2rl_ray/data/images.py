@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from envs.cryoem.types import BoolArray, FloatArray
 from ssl2rl_ray.data.text import BadRow, DataError, RejectedRow
@@ -69,9 +69,9 @@ PERCENTILES = (0.1, 99.9)
 
 _SAMPLE = 256  # holes that are looked at to choose size and map
 _SAMPLE_PIXELS = 4096  # of each
-_BATCH = 256  # holes whose images are in memory at a time
+_BATCH, _BATCH_BYTES = 256, 2**24  # holes whose images are in memory at a time
 _LARGE = 2**20  # bytes or pixels: files beyond it are read one at a time
-_SHARED_FRACTION_LOOKING = 0.1  # of the progress that the sample stands for
+_SHARE_OF_LOOKING = 0.1  # of the progress that the sample stands for
 
 OnStep = Callable[[str, float], None]
 """Called with what is done and the share of it, 0 to 1."""
@@ -158,7 +158,7 @@ def read_image_folder(
     with _quiet(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         sizes, scale = _chosen(pool.map(look, sample))
         size = image_size_px or _default_size(sizes)
-        report("reading images", _SHARED_FRACTION_LOOKING)
+        report("reading images", _SHARE_OF_LOOKING)
 
         def fit(row: int) -> tuple[str, NDArray[np.uint8]] | BadRow:
             try:
@@ -167,33 +167,37 @@ def read_image_folder(
             except BadRow as bad:
                 return bad
 
-        images = np.lib.format.open_memmap(
-            out, mode="w+", dtype=np.uint8, shape=(len(names), size, size)
-        )
+        # Written as a stream, read as a map: a full disk is an error here, and would be the death
+        # of the process in a map.
         has_image = np.zeros(len(names), bool)
-        rows = sorted(found.file_of)
-        for start in range(0, len(rows), _BATCH):
-            batch = rows[start : start + _BATCH]
-            for row, result in zip(batch, pool.map(fit, batch), strict=True):
-                if isinstance(result, BadRow):
-                    rejected.append(_rejected(folder, found.file_of[row], str(result)))
-                else:
-                    kind, images[row] = result
+        step = max(1, min(_BATCH, _BATCH_BYTES // size**2))
+        with open(out, "wb") as stream:
+            np.lib.format.write_array_header_1_0(
+                stream,
+                {"descr": "|u1", "fortran_order": False, "shape": (len(names), size, size)},
+            )
+            for start in range(0, len(names), step):
+                stop = min(start + step, len(names))
+                block = np.zeros((stop - start, size, size), np.uint8)
+                rows = [row for row in range(start, stop) if row in found.file_of]
+                for row, result in zip(rows, pool.map(fit, rows), strict=True):
+                    if isinstance(result, BadRow):
+                        rejected.append(_rejected(folder, found.file_of[row], str(result)))
+                        continue
+                    kind, block[row - start] = result
                     has_image[row] = True
                     counts[kind] += 1
-            share = (start + len(batch)) / len(rows)
-            report(
-                "reading images",
-                _SHARED_FRACTION_LOOKING + (1 - _SHARED_FRACTION_LOOKING) * share,
-            )
-    images.flush()
+                stream.write(block.data)
+                report(
+                    "reading images",
+                    _SHARE_OF_LOOKING + (1 - _SHARE_OF_LOOKING) * stop / len(names),
+                )
     rejected.sort(key=lambda row: row.file)
     if not has_image.any():
         shown = "\n  ".join(map(str, rejected[:3]))
         raise DataError(
-            f"images: none of the {len(rows)} images of {folder} is usable; the first:\n  {shown}"
+            f"images: none of the {len(found.file_of)} images of {folder} is usable; the first:\n  {shown}"
         )
-    del images  # the writable map
     return HoleImages(
         images=np.load(out, mmap_mode="r", allow_pickle=False),
         has_image=has_image,
@@ -265,7 +269,9 @@ def _find(folder: str | os.PathLike[str], names: list[str]) -> _Found:
 
 
 def _rejected(folder: str | os.PathLike[str], file: str, reason: str) -> RejectedRow:
-    return RejectedRow(file=os.path.join(folder, file), line=None, reason=reason)
+    if not (reason.isascii() and reason.isprintable()):  # a value of a damaged header
+        reason = ascii(reason)
+    return RejectedRow(file=os.path.join(folder, file), line=None, reason=reason[:300])
 
 
 def _read(path: Path, root: Path, large: threading.RLock) -> tuple[str, Picture]:
@@ -352,6 +358,8 @@ def _open_pillow(data: bytes, kind: str) -> Header:
         image = Image.open(io.BytesIO(data), formats=(kind,))
     except Image.DecompressionBombError:
         raise BadRow(f"far more than {MAX_PIXELS} pixels: a decompression bomb") from None
+    except UnidentifiedImageError:
+        raise BadRow(f"truncated or damaged header of a {kind}") from None
     if (frames := getattr(image, "n_frames", 1)) > 1:
         raise BadRow(f"{frames} frames, expected one image")
     width, height = image.size
@@ -400,6 +408,10 @@ def _open_tiff(data: bytes) -> Header:
     num_chunks, num_chunk_bytes = math.prod(page.chunked), math.prod(page.chunks) * dtype.itemsize
     if num_chunk_bytes > MAX_BYTES:
         raise BadRow(f"tiles of shape {page.chunks}: too large")
+    num_last_bytes = num_chunk_bytes  # the last strip may hold what rows are left
+    if not page.is_tiled:
+        num_rows = min(page.rowsperstrip, height)
+        num_last_bytes = num_chunk_bytes // num_rows * ((height - 1) % num_rows + 1)
     if not len(offsets) == len(counts) == num_chunks:
         raise BadRow(f"{len(offsets)} strips or tiles, its header says {num_chunks}")
     if max(map(add, offsets, counts)) > len(data) or sum(counts) > len(data):
@@ -415,10 +427,13 @@ def _open_tiff(data: bytes) -> Header:
         if page.compression != 1:
             for offset, count in zip(offsets, counts, strict=True):
                 packed = data[offset : offset + count]
-                if len(zlib.decompressobj().decompress(packed, num_chunk_bytes + 1)) > (
-                    num_chunk_bytes
-                ):
-                    raise BadRow(f"a strip or tile unpacks to more than {num_chunk_bytes} bytes")
+                num_found = len(zlib.decompressobj().decompress(packed, num_chunk_bytes + 1))
+                if num_found not in (num_chunk_bytes, num_last_bytes):
+                    more = " or more" if num_found > num_chunk_bytes else ""
+                    raise BadRow(
+                        f"a strip or tile unpacks to {num_found} bytes{more}, "
+                        f"its header says {num_chunk_bytes}"
+                    )
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
             pixels = tiff.pages.first.asarray(maxworkers=1)
         if not is_grey:
@@ -464,8 +479,9 @@ def _open_mrc(data: bytes) -> Header | None:
         return None
     order = orders[0]
     width, height, depth, mode = struct.unpack_from(f"{order}4i", data, 0)
-    if data[208:211] != b"MAP" and (min(width, height, depth) < 1 or mode not in _MRC_DTYPES):
-        return None  # files older than that mark are plausible, or something else
+    is_plausible = mode in _MRC_DTYPES and all(0 < n < 2**16 for n in (width, height, depth))
+    if data[208:211] != b"MAP" and not is_plausible:  # files older than that mark, or other ones
+        return None
     (num_extended,) = struct.unpack_from(f"{order}i", data, 92)
     if mode not in _MRC_DTYPES:
         raise BadRow(f"MRC mode {mode} ({_MRC_OTHER.get(mode, 'unknown')}): save it as mode 2")
