@@ -105,6 +105,9 @@ def test_what_does_not_fit_together_is_refused():
         draw_reliability([True], [1.5])
 
 
-def test_importing_draws_nothing():
-    code = "import sys, ssl2rl_ray.perception.figures; assert 'matplotlib' not in sys.modules"
+def test_importing_needs_neither_matplotlib_nor_torch():
+    code = (
+        "import sys, ssl2rl_ray.perception.figures, ssl2rl_ray.perception.posterior\n"
+        "assert not {'matplotlib', 'torch', 'ray'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
