@@ -286,7 +286,7 @@ def check(folder: str, names: list[str]) -> Outcome:
         assert not found.images[~found.has_image].any(), "pixels without an image"
         assert len(found.rejected) == int((~found.has_image).sum()), "a file was lost"
         for row in found.rejected:
-            assert row.reason.isascii() and row.reason.isprintable() and len(row.reason) < 300
+            assert row.reason.isascii() and row.reason.isprintable() and len(row.reason) <= 200
             reasons[row.reason.partition(":")[0][:30]] += 1
         num_read, error = int(found.has_image.sum()), ""
     except Exception as problem:

@@ -21,7 +21,7 @@ compressions are refused, as only libtiff would bound them, which writes to the 
 
 The first row of a file is the first row of the image in every format. For MRC that is the row of
 the lowest y, which programs that put the origin bottom left show at the bottom; Leginon and numpy
-show it on top, as here. Holes have no up or down, so nothing depends on it.
+show it on top, as here. Holes have no up or down, so nothing depends on it. MRC's bytes are signed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import add
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,7 @@ _BATCH, _BATCH_BYTES = 256, 2**24  # holes whose images are in memory at a time
 _LARGE = 2**20  # bytes or pixels: files beyond it are read one at a time
 _SHARE_OF_LOOKING = 0.1  # of the progress that the sample stands for
 
+T = TypeVar("T")
 OnStep = Callable[[str, float], None]
 """Called with what is done and the share of it, 0 to 1."""
 Picture = NDArray[np.uint8] | NDArray[np.float32]
@@ -145,7 +146,7 @@ def read_image_folder(
 
     def look(row: int) -> _Glance | None:
         try:
-            return _glance(_read(root / found.file_of[row], root, large)[1])
+            return _read(root / found.file_of[row], root, large, _glance)[1]
         except BadRow:  # reported when all are read
             return None
 
@@ -162,8 +163,8 @@ def read_image_folder(
 
         def fit(row: int) -> tuple[str, NDArray[np.uint8]] | BadRow:
             try:
-                kind, picture = _read(root / found.file_of[row], root, large)
-                return kind, _fit(picture, size, scale)
+                path = root / found.file_of[row]
+                return _read(path, root, large, lambda picture: _fit(picture, size, scale))
             except BadRow as bad:
                 return bad
 
@@ -196,7 +197,8 @@ def read_image_folder(
     if not has_image.any():
         shown = "\n  ".join(map(str, rejected[:3]))
         raise DataError(
-            f"images: none of the {len(found.file_of)} images of {folder} is usable; the first:\n  {shown}"
+            f"images: none of the {len(found.file_of)} images of {folder} is usable; the first:\n"
+            f"  {shown}"
         )
     return HoleImages(
         images=np.load(out, mmap_mode="r", allow_pickle=False),
@@ -271,11 +273,13 @@ def _find(folder: str | os.PathLike[str], names: list[str]) -> _Found:
 def _rejected(folder: str | os.PathLike[str], file: str, reason: str) -> RejectedRow:
     if not (reason.isascii() and reason.isprintable()):  # a value of a damaged header
         reason = ascii(reason)
-    return RejectedRow(file=os.path.join(folder, file), line=None, reason=reason[:300])
+    return RejectedRow(file=os.path.join(folder, file), line=None, reason=reason[:200])
 
 
-def _read(path: Path, root: Path, large: threading.RLock) -> tuple[str, Picture]:
-    """Kind and pixels of one file; large ones one at a time, so that memory is bounded."""
+def _read(
+    path: Path, root: Path, large: threading.RLock, keep: Callable[[Picture], T]
+) -> tuple[str, T]:
+    """Kind of one file and what is kept of its pixels; large ones one at a time: bounded memory."""
 
     def room(amount: int) -> AbstractContextManager[Any]:
         return large if amount > _LARGE else nullcontext()
@@ -286,7 +290,7 @@ def _read(path: Path, root: Path, large: threading.RLock) -> tuple[str, Picture]
             data = stream.read(num_bytes)
             kind, header = _judged(data, num_bytes)
             with room(header.height * header.width):
-                return kind, _pixels(header)
+                return kind, keep(_pixels(header))
 
 
 def _open(path: Path, root: Path) -> io.BufferedReader:
@@ -400,7 +404,7 @@ def _open_tiff(data: bytes) -> Header:
     if not is_grey and dtype != np.uint8:
         raise BadRow(f"colours of {dtype}: save it as grey")
     if page.compression not in (1, *_DEFLATE):
-        how = getattr(page.compression, "name", page.compression)
+        how = getattr(page.compression, "name", "an unknown method")
         raise BadRow(f"compressed by {how}: save it without compression, or by deflate (zip)")
     # Pixels lie in chunks (strips or tiles). Each must be in the file and of the size that the
     # header gives it: tifffile would read, and unpack, whatever is there.
@@ -579,8 +583,9 @@ def _fit(picture: Picture, size: int, scale: Scale | None) -> NDArray[np.uint8]:
     if picture.dtype != np.uint8:
         if scale is None:
             raise BadRow("not 8-bit, unlike all images of the sample: keep it in its own folder")
-        gain = np.float32(255.0 / (scale.high - scale.low))
-        picture = np.clip((picture - np.float32(scale.low)) * gain, 0, 255)
+        picture = picture - np.float32(scale.low)
+        picture *= np.float32(255.0 / (scale.high - scale.low))
+        np.clip(picture, 0, 255, out=picture)
     if side != size:  # an average over the area; there is none when the image becomes larger
         how = Image.Resampling.BOX if side > size else Image.Resampling.BILINEAR
         picture = np.asarray(Image.fromarray(picture).resize((size, size), how))
