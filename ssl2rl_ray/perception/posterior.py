@@ -41,12 +41,16 @@ _CLIP = float(logit_of(1 - PROBABILITY_FLOOR))  # 9.2: a network may be surer; n
 # Without labels the classifier is taken at its word: the prior means give its own p back, the
 # marginal's shrinkage by the prior's sds included.
 _PRIOR_SLOPE = float(np.sqrt(1 + np.pi / 8 * 3 * np.exp(2 * LOG_SD_MEAN)))
-# The slopes share one, ~ N(as above, (unit / 2)²), and differ from it by N(0, (.3 unit)²) each; the
-# unit is 1 or, of a timid classifier, the slope that makes its logits' sd 1. Measured on simulated
-# sessions: wider own slopes gain from 400 labels up where group means know more than single holes
-# (.001 AUC), and lose more with 20 labels (.005). The intercept, at the table's mean logit, ~ N(as
-# above, 2²): finite where all labels are of one kind.
-_INTERCEPT_SD, _SHARED_SD, _OWN_SD, _LARGEST_UNIT = 2.0, 0.5, 0.3, 100.0
+# The intercept, at the table's mean logit, ~ N(as above, 2²): finite where all labels are of one
+# kind. The slopes share a part ~ N(as above, (unit / 2)²); those of patch, square and grid share
+# another ~ N(0, (unit / 2)²), for a mean has less of a classifier's noise, of whatever it is a
+# mean; the rest is N(0, (unit / 10)²) each. The unit is 1 or, of a timid classifier, the slope that
+# makes its logits' sd 1.
+_INTERCEPT_SD, _SHARED_SD, _MEANS_SD, _OWN_SD, _LARGEST_UNIT = 2.0, 0.5, 0.5, 0.1, 100.0
+_PRIOR_COVARIANCE = np.zeros((5, 5))  # of intercept, within, patch, square, grid; slopes per unit
+_PRIOR_COVARIANCE[0, 0] = _INTERCEPT_SD**2
+_PRIOR_COVARIANCE[1:, 1:] += _SHARED_SD**2 + _OWN_SD**2 * np.eye(4)
+_PRIOR_COVARIANCE[2:, 2:] += _MEANS_SD**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,15 +170,12 @@ def fit_posterior(
     centre = x.mean()
     unit = min(max(1.0, 1 / max(float(x.std()), 1e-9)), _LARGEST_UNIT)
     parts[3] -= centre
-    covariance = np.full((5, 5), _SHARED_SD**2) + _OWN_SD**2 * np.eye(5)
-    covariance[0], covariance[:, 0] = 0, 0
-    covariance[0, 0] = _INTERCEPT_SD**2
     fitted = fit_mixed_logit(
         np.vstack([np.ones(len(table)), unit * parts])[:, known],
         low[known],
         Tree.of(table, known),
         prior_mean=_PRIOR_SLOPE * np.array([centre, *[1 / unit] * 4]),
-        precision=np.linalg.inv(covariance),
+        precision=np.linalg.inv(_PRIOR_COVARIANCE),
     )
     within, patch, square, grid = (float(slope) for slope in unit * fitted.coefficients[1:])
     return HierarchicalPosterior(
