@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
 def local_ray(num_cpus: int) -> Iterator[None]:
-    """A local Ray with at least two CPUs unless one is connected; only ours is shut down."""
+    """A local Ray with at least two CPUs, or the cluster of RAY_ADDRESS, unless one is connected.
+
+    Only what was started or connected here is shut down.
+    """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    ray.init(
-        num_cpus=max(2, num_cpus),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    has_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    own = {} if has_cluster else {"num_cpus": max(2, num_cpus), "include_dashboard": False}
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
     try:
         yield
     finally:

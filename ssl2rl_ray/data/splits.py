@@ -59,7 +59,9 @@ def choose_labelled(rows: IntArray, fraction: float, rng: np.random.Generator) -
 
 
 def folds(rows: IntArray, num_folds: int, rng: np.random.Generator) -> list[IntArray]:
-    """The rows in ``num_folds`` random parts of nearly equal size, each sorted."""
+    """The rows in ``num_folds`` random parts of nearly equal size, each sorted; none for 0."""
+    if num_folds == 0:
+        return []
     parts = np.array_split(rng.permutation(np.asarray(rows)), num_folds)
     return [np.sort(part) for part in parts]
 

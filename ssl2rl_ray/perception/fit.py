@@ -119,7 +119,10 @@ class Fit:
         self.model: nn.Module = self.classifier
         if num_workers > 1:
             self.model = nn.parallel.DistributedDataParallel(
-                self.classifier, device_ids=[self.device] if self.device.type == "cuda" else None
+                self.classifier,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,  # running means are read from rank 0's average only
+                gradient_as_bucket_view=True,
             )
 
     # ------------------------------------------------------------ one epoch

@@ -9,10 +9,13 @@ Shape letters: N holes, H and W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pickle
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +33,9 @@ from ssl2rl_ray.config import PerceptionRunConfig, check, to_dict, to_yaml
 from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.data.splits import choose_labelled, folds, marks, split_by_square
 from ssl2rl_ray.data.text import DataError
+from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.perception.classifier import Classifier, make_classifier
+from ssl2rl_ray.perception.distributed import last_state, report, run_workers
 from ssl2rl_ray.perception.fit import Examples, Fit
 from ssl2rl_ray.perception.metrics import classifier_metrics, fit_temperature
 from ssl2rl_ray.perception.model import Model, Prediction, model_of_run
@@ -212,6 +217,7 @@ class Training:
     ) -> None:
         """Raises ValueError as ``Fit``, and DataError as ``read_pseudo_labels``."""
         self.config, self.sample = config, sample
+        self.num_workers = num_workers
         self._options: dict[str, Any] = {"device": device, "rank": rank, "num_workers": num_workers}
         self.split = split_of(config, sample)
         self._examples = examples_of(config, sample, self.split)
@@ -350,18 +356,103 @@ def train_classifier(
     check(config)
     sample = sample_of(config)
     torch.set_num_threads(config.compute.num_torch_threads)
-    training = Training(config, sample, device=device_of(config))
-    if run.latest is not None:
-        training.load_state(_read_state(run.latest))
+    is_alone = config.compute.num_workers == 0
+    training = Training(config, sample, device=device_of(config) if is_alone else "cpu")
+    state = None if run.latest is None else _read_state(run.latest)
+    if state is not None:
+        training.load_state(state)
     log = _Log(config, run, training.epochs_done, training.num_epochs, progress or _print_row)
     with log.board, on_interrupt() as interrupted:
-        for row, is_due in training.epochs():
-            if is_due or interrupted.is_set():
-                log.save(row["epoch"], training.state())
-            log.row(row)
-            if interrupted.is_set():
-                raise KeyboardInterrupt
+        if is_alone:
+            _train_here(training, log, interrupted)
+        elif not training.is_over:
+            training = _train_with_ray(training, state, log, interrupted)
         return _finish(config, run, training, log.board)
+
+
+def _train_here(training: Training, log: _Log, interrupted: threading.Event) -> None:
+    for row, is_due in training.epochs():
+        log.row(row)
+        is_stopping = interrupted.is_set()
+        if is_due or is_stopping:
+            log.save(row["epoch"], training.state())
+        if is_stopping:
+            raise KeyboardInterrupt
+
+
+def _train_with_ray(
+    begun: Training, state: dict[str, Any] | None, log: _Log, interrupted: threading.Event
+) -> Training:
+    """The training at its end; images and state go to each node once, through Ray's store."""
+    import ray
+
+    config, compute = begun.config, begun.config.compute
+    with local_ray(compute.num_workers * compute.num_torch_threads):
+        num_gpus = ray.cluster_resources().get("GPU", 0)
+        is_on_gpu = compute.device == "cuda" or (
+            compute.device == "auto" and num_gpus >= compute.num_workers
+        )
+
+        def on_report(content: dict[str, Any], saved: Path | None) -> None:
+            for row in content["rows"]:
+                if row["epoch"] > log.last_epoch:  # a group that was started again repeats some
+                    log.row(row)
+            if saved is not None:
+                log.keep(log.last_epoch, saved)
+
+        run_workers(
+            _worker,
+            {"config": config, "sample": ray.put(begun.sample), "state": ray.put(state)},
+            folder=log.run.path,
+            num_workers=compute.num_workers,
+            num_cpus=compute.num_torch_threads,
+            is_on_gpu=is_on_gpu,
+            on_report=on_report,
+            is_stopping=interrupted.is_set,
+        )
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+    assert log.run.latest is not None
+    begun.load_state(_read_state(log.run.latest))
+    return begun
+
+
+def _worker(task: dict[str, Any]) -> None:
+    """What each worker runs: ``Training`` as one of several, from the last state."""
+    import ray
+    from ray import train
+    from ray.train.torch import get_device
+
+    context = train.get_context()
+    config, rank = task["config"], context.get_world_rank()
+    torch.set_num_threads(config.compute.num_torch_threads)
+    training = Training(
+        config,
+        ray.get(task["sample"]),
+        device=get_device(),
+        rank=rank,
+        num_workers=context.get_world_size(),
+    )
+    if (state := last_state() or ray.get(task["state"])) is not None:
+        training.load_state(state)
+    rows = []
+    for row, is_due in training.epochs():
+        rows.append(row)
+        is_stopping = _agreed(Path(task["stop"]).exists(), training)
+        if is_due or is_stopping:
+            is_first = rank == 0
+            report({"rows": rows} if is_first else None, training.state() if is_first else None)
+            rows = []
+        if is_stopping:
+            return
+
+
+def _agreed(is_stopping: bool, training: Training) -> bool:
+    """Whether any worker saw the sign to stop: they look at different times."""
+    flag = torch.tensor(float(is_stopping), device=training.fit.device)
+    if training.num_workers > 1:
+        torch.distributed.all_reduce(flag)
+    return bool(flag > 0)
 
 
 def device_of(config: PerceptionRunConfig) -> torch.device:
@@ -385,6 +476,7 @@ class _Log:
         progress: Callable[[dict[str, Any]], None],
     ) -> None:
         self.run, self.num_epochs, self.progress = run, num_epochs, progress
+        self.last_epoch = epochs_done
         self._started = time.perf_counter()
         self.board = TensorBoard(
             run.path / "tensorboard", first_step=epochs_done + 1 if epochs_done else 0
@@ -393,6 +485,7 @@ class _Log:
             self.board.begin(to_dict(config), to_yaml(config), "validation/accuracy")
 
     def row(self, row: dict[str, Any]) -> None:
+        self.last_epoch = row["epoch"]
         row = {**row, "wall_s": time.perf_counter() - self._started}
         self.run.log(row)
         self.board.log(row, row["epoch"])
@@ -400,6 +493,15 @@ class _Log:
 
     def save(self, epoch: int, state: dict[str, Any]) -> None:
         self.run.save_checkpoint(epoch, lambda folder: torch.save(state, folder / "state.pt"))
+
+    def keep(self, epoch: int, saved: Path) -> None:
+        """A state that a worker saved; gone already where two newer ones follow."""
+
+        def copy(folder: Path) -> None:
+            shutil.copyfile(saved / "state.pt", folder / "state.pt")
+
+        with contextlib.suppress(FileNotFoundError):
+            self.run.save_checkpoint(epoch, copy)
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
