@@ -188,7 +188,7 @@ class PerceptionDataConfig:
     dataset: str | None = None
     """Dataset folder with images, as ``ssl2rl import`` writes it; None = drawn by ``preset``."""
     preset: str = "y3-mini"
-    """Synthetic preset with images, drawn from the run's seed; ignored where a dataset is named."""
+    """Synthetic preset with images, drawn from the run's seed, where no dataset is named."""
     validation_share: float = 0.25
     """Of the holes, in whole squares, held out of training (SSL²-RL, table 1: 2164 of 8653)."""
     labelled_fraction: float = 0.05
@@ -662,6 +662,15 @@ def _perception_problems(config: PerceptionRunConfig) -> Iterator[str]:
         yield f"data.preset: expected one of {_words(PRESETS)}, found {data.preset!r}"
     if not data.validation_share < 1:
         yield f"data.validation_share: must be below 1, found {data.validation_share}"
+    if data.dataset is not None and data.preset != PerceptionDataConfig().preset:
+        yield "data.preset: is of synthetic samples, and data.dataset names a folder; drop one"
+    if data.validation_labelled_fraction > 0 and training.num_folds == 0:
+        yield (
+            "data.validation_labelled_fraction: is for the hierarchical posterior, which needs "
+            "training.num_folds of 2 or more"
+        )
+    if data.validation_labelled_fraction == 1:
+        yield "data.validation_labelled_fraction: 1 leaves no hole to validate on"
     if training.ema_decay >= 1:
         yield f"training.ema_decay: must be below 1, found {training.ema_decay}"
     if not 0.5 <= training.confidence_threshold <= 1:

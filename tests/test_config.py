@@ -19,6 +19,7 @@ from ssl2rl_ray.config import (
     DQNConfig,
     EnvConfig,
     NavigationRunConfig,
+    PerceptionRunConfig,
     SessionsConfig,
     TrainingConfig,
     check,
@@ -131,9 +132,9 @@ def test_navigation_config_is_the_preset_with_changes() -> None:
         ),
         ("env: {preset: cryrl}", ["env.preset: expected one of paper, cryorl, leginon-2021"]),
         ("kind: ssl2rl", ["kind: 'ssl2rl' is not in this version"]),
-        ("kind: perception", ["kind: 'perception' is not in this version"]),
+        ("kind: ssl2rl", ["kind: 'ssl2rl' is not in this version"]),
         ("kind: crystfel", ["kind: 'crystfel' is not in this version"]),
-        ("kind: [1]", ["kind: expected navigation, found a list [1]"]),
+        ("kind: [1]", ["kind: expected navigation, perception, found a list [1]"]),
         ("algorithm: {name: ppo}", ["algorithm.name: expected one of dqn, found text 'ppo'"]),
         (
             "seed: x\nenv: {budget: 1}\nzzzzzz: 1",
@@ -241,6 +242,62 @@ def numbers(cls: type[Any], path: str = "") -> Iterator[str]:
             yield from numbers(cast(type[Any], hint), f"{name}.")
         elif re.search(r"\b(int|float)\b", str(hint)):
             yield path + name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.train=[a]"], "data.train: unknown key"),
+        (["data.preset=y4"], "expected one of aldolase, demo, y3, y3-mini, found 'y4'"),
+        (["data.preset=demo", "data.dataset=a"], "data.dataset names a folder; drop one"),
+        (["data.validation_share=1"], "data.validation_share: must be below 1"),
+        (["data.labelled_fraction=1.5"], "data.labelled_fraction: must be at most 1"),
+        (["data.labelled_fraction=1"], "1 leaves nothing unlabelled for fixmatch"),
+        (
+            ["data.validation_labelled_fraction=0.1", "training.num_folds=0"],
+            "data.validation_labelled_fraction: is for the hierarchical posterior",
+        ),
+        (["data.validation_labelled_fraction=1"], "1 leaves no hole to validate on"),
+        (["classifier.network=vgg"], "expected one of resnet18, cnn"),
+        (["classifier.dropout=1.2"], "classifier.dropout: must be at most 1"),
+        (["training.ema_decay=1"], "training.ema_decay: must be below 1"),
+        (["training.confidence_threshold=0.4"], "a confidence is between 0.5 and 1"),
+        (["training.num_folds=1"], "1 would leave nothing to train on"),
+        (["training.num_epochs=5", "training.num_warmup_epochs=5"], "is not below training.num_"),
+        (["training.pseudo_labels=a"], "training.pseudo_labels: is of finetuning only"),
+        (
+            ["training.method=supervised", "training.unsupervised_weight=5"],
+            "is of fixmatch, finetuning only, and training.method is supervised",
+        ),
+        (
+            ["training.method=supervised", "training.confidence_threshold=0.9"],
+            "training.confidence_threshold: is of fixmatch only",
+        ),
+        (["training.method=finetuning", "training.is_aligned=true"], "is of fixmatch only"),
+        (["training.method=finetuning"], "training.pseudo_labels: finetuning needs the file"),
+        (["training.method=finetuning"], "classifier.initial: finetuning needs the run"),
+        (["compute.num_workers=3"], "64 cannot be shared equally by 3 workers"),
+        (["compute.device=tpu"], "expected one of auto, cpu, cuda"),
+    ],
+)
+def test_each_contradiction_of_a_perception_run_is_named(overrides, expected) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, ["kind=perception", *overrides])
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("path", list(numbers(PerceptionRunConfig)))
+def test_no_number_of_a_perception_run_may_be_anything(path: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(path)):
+        load_config(None, ["kind=perception", f"{path}=-1"])
+
+
+def test_a_perception_config_can_be_described_and_loaded_again(tmp_path: Path) -> None:
+    config = load_config(None, ["kind=perception", "data.labelled_fraction=0.1"])
+    assert isinstance(config, PerceptionRunConfig)
+    (tmp_path / "a.yaml").write_text(describe(config))
+    assert load_config(tmp_path / "a.yaml") == config
+    assert "SSL²-RL" in describe(config)
 
 
 @pytest.mark.parametrize("path", list(numbers(NavigationRunConfig)))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl2rl_ray.config import load_config, navigation_config, to_yaml
+from ssl2rl_ray.config import NavigationRunConfig, load_config, navigation_config, to_yaml
 
 FOLDER = Path(__file__).parents[1] / "tune_configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -13,6 +13,8 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 def test_there_are_configs():
     assert {path.stem for path in FILES} >= {
         "demo",
+        "fixmatch",
+        "fixmatch_paper",
         "navigation_dqn",
         "navigation_dqn_paper",
         "smoke",
@@ -24,7 +26,22 @@ def test_every_config_is_valid_and_survives_a_round_trip(path, tmp_path):
     config = load_config(path)
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config
-    navigation_config(config.env)
+    if isinstance(config, NavigationRunConfig):
+        navigation_config(config.env)
+
+
+def test_the_papers_fixmatch_is_the_papers():
+    config = load_config(FOLDER / "fixmatch_paper.yaml")
+    training = config.training
+    assert config.classifier.network == "resnet18" and config.classifier.dropout == 0.5
+    assert (training.unsupervised_weight, training.unlabelled_ratio, training.batch_size) == (
+        5,
+        4,
+        64,
+    )
+    assert (training.confidence_threshold, training.num_epochs) == (0.8, None)
+    ours = load_config(FOLDER / "fixmatch.yaml").training
+    assert (ours.unsupervised_weight, ours.method) == (1, training.method)
 
 
 def test_the_accepted_figures_are_trained_under_the_rules_they_are_measured_under():

@@ -253,7 +253,14 @@ class Training:
     def _initial_classifier(self) -> Classifier:
         classifier, size = self.config.classifier, self.sample.images.shape[1]
         if classifier.initial is not None:
-            return model_of_run(classifier.initial).classifier.requires_grad_(True)
+            found = model_of_run(classifier.initial).classifier
+            if (found.name, found.dropout) != (classifier.network, classifier.dropout):
+                raise ValueError(
+                    f"classifier: {classifier.initial} holds a {found.name} with dropout "
+                    f"{found.dropout:g}, the config asks for {classifier.network} with "
+                    f"{classifier.dropout:g}; make them equal"
+                )
+            return found.requires_grad_(True)
         made = make_classifier(classifier.network, size, classifier.dropout)
         train = np.concatenate([self.split.labelled, self.split.unlabelled])
         rows = np.sort(train)[:: max(1, len(train) // _NUM_FOR_MEAN)]
