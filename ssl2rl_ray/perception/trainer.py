@@ -41,6 +41,7 @@ from ssl2rl_ray.perception.metrics import classifier_metrics, fit_temperature
 from ssl2rl_ray.perception.model import Model, Prediction, model_of_run
 from ssl2rl_ray.perception.posterior import fit_posterior
 from ssl2rl_ray.runs import RunDirectory, on_interrupt
+from ssl2rl_ray.stats import or_none
 from ssl2rl_ray.tensorboard import TensorBoard
 
 _SAMPLE, _SPLIT, _LABELLED, _KNOWN, _FOLDS = range(5)  # streams of random numbers of one seed
@@ -563,15 +564,20 @@ def _finish(
         "num_known_in_validation_squares": len(split.known),
         "temperature": model.temperature,
         "is_collapsed": bool(_last(run, "is_collapsed")),
-        "classifier": classifier_metrics(is_low, raw),
-        "calibrated": classifier_metrics(is_low, predicted.p_classifier[rows]),
+        "classifier": _figures(is_low, raw),
+        "calibrated": _figures(is_low, predicted.p_classifier[rows]),
     }
     if model.posterior is not None:
-        summary["posterior_blind"] = classifier_metrics(is_low, blind.p_low_ctf[rows])
-        summary["posterior"] = classifier_metrics(is_low, predicted.p_low_ctf[rows])
+        summary["posterior_blind"] = _figures(is_low, blind.p_low_ctf[rows])
+        summary["posterior"] = _figures(is_low, predicted.p_low_ctf[rows])
     _draw(run, board, sample, rows, is_low, predicted, training.num_epochs)
     run.write_summary(summary)
     return summary
+
+
+def _figures(is_low: BoolArray, p: FloatArray) -> dict[str, float | None]:
+    """``classifier_metrics`` for JSON."""
+    return {name: or_none(value) for name, value in classifier_metrics(is_low, p).items()}
 
 
 def _last(run: RunDirectory, name: str) -> Any:
