@@ -294,6 +294,7 @@ def test_finetuning_starts_from_a_run(run, sample_dir, tmp_path):
             "training.pseudo_labels": path,
             "classifier.initial": run.path,
             "training.num_folds": 0,
+            "data.validation_labelled_fraction": 0,
         },
     )
     training = Training(chosen, sample_of(chosen))
