@@ -232,6 +232,7 @@ class PerceptionTrainingConfig:
     """
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    """Of kernels, not of biases and normalisation (as in FixMatch)."""
     ema_decay: float = 0.99
     """Of the average of the weights, which predicts; less in the first steps."""
     unlabelled_ratio: int = 4

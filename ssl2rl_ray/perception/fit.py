@@ -106,11 +106,15 @@ class Fit:
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.classifier).eval().requires_grad_(False)
+        kernels = [p for p in self.classifier.parameters() if p.ndim > 1]
+        others = [p for p in self.classifier.parameters() if p.ndim <= 1]  # biases, normalisation
         self.optimizer = torch.optim.SGD(
-            self.classifier.parameters(),
+            [
+                {"params": kernels, "weight_decay": training.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
             lr=self.learning_rate,
             momentum=training.momentum,
-            weight_decay=training.weight_decay,
             nesterov=training.momentum > 0,
         )
         self.mean_p = torch.tensor(0.5, device=self.device)
