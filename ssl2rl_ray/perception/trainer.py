@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from envs.cryoem.images import draw_images
 from envs.cryoem.synthetic import draw_session
@@ -545,39 +546,47 @@ def _finish(
     config: PerceptionRunConfig, run: RunDirectory, training: Training, board: TensorBoard
 ) -> dict[str, Any]:
     """Model, figures and summary of finished fits."""
-    sample, split = training.sample, training.split
-    model, logit = _model(config, training)
+    split = training.split
+    model, logit = model_of(training)
     run.write_artefact("model", model.save)
-    table, rows = sample.table, split.validation
-    is_known = np.zeros(len(table), bool)
-    is_known[split.labelled] = True
-    blind = model.predict(table, logit, is_known)
-    is_known[split.known] = True
-    predicted = model.predict(table, logit, is_known)
-    is_low = truth_of(config, table)[rows] == 1
-    raw = 1 / (1 + np.exp(-logit[rows]))
-    summary: dict[str, Any] = {
+    judged, predicted = judge(training, model, logit)
+    summary = {
         "num_epochs": training.num_epochs,
         "num_labelled": len(split.labelled),
         "num_unlabelled": len(split.unlabelled),
-        "num_validation": len(rows),
+        "num_validation": len(split.validation),
         "num_known_in_validation_squares": len(split.known),
         "temperature": model.temperature,
         "is_collapsed": bool(_last(run, "is_collapsed")),
-        "classifier": _figures(is_low, raw),
-        "calibrated": _figures(is_low, predicted.p_classifier[rows]),
+        **{
+            what: {name: or_none(value) for name, value in figures.items()}
+            for what, figures in judged.items()
+        },
     }
-    if model.posterior is not None:
-        summary["posterior_blind"] = _figures(is_low, blind.p_low_ctf[rows])
-        summary["posterior"] = _figures(is_low, predicted.p_low_ctf[rows])
-    _draw(run, board, sample, rows, is_low, predicted, training.num_epochs)
+    _draw(config, run, board, training, predicted)
     run.write_summary(summary)
     return summary
 
 
-def _figures(is_low: BoolArray, p: FloatArray) -> dict[str, float | None]:
-    """``classifier_metrics`` for JSON."""
-    return {name: or_none(value) for name, value in classifier_metrics(is_low, p).items()}
+def judge(
+    training: Training, model: Model, logit: FloatArray
+) -> tuple[dict[str, dict[str, float]], Prediction]:
+    """``classifier_metrics`` on the validation holes, and what was predicted last.
+
+    Of ``classifier`` as it is, ``calibrated`` by the temperature, ``posterior_blind`` without any
+    label in the validation squares, ``posterior`` with those that are known there.
+    """
+    table, split = training.sample.table, training.split
+    rows, is_known = split.validation, np.zeros(len(table), bool)
+    is_known[split.labelled] = True
+    blind = model.predict(table, logit, is_known)
+    is_known[split.known] = True
+    predicted = model.predict(table, logit, is_known)
+    said = {"classifier": expit(logit), "calibrated": predicted.p_classifier}
+    if model.posterior is not None:
+        said |= {"posterior_blind": blind.p_low_ctf, "posterior": predicted.p_low_ctf}
+    is_low = truth_of(training.config, table)[rows] == 1
+    return {what: classifier_metrics(is_low, p[rows]) for what, p in said.items()}, predicted
 
 
 def _last(run: RunDirectory, name: str) -> Any:
@@ -589,8 +598,9 @@ def _last(run: RunDirectory, name: str) -> Any:
     return found.iloc[-1] if len(found) else None
 
 
-def _model(config: PerceptionRunConfig, training: Training) -> tuple[Model, FloatArray]:
-    """The model, and (N,) the logits that its posterior was fitted on."""
+def model_of(training: Training) -> tuple[Model, FloatArray]:
+    """The model of finished fits, and (N,) the logits that its posterior was fitted on."""
+    config = training.config
     sample, split, table = training.sample, training.split, training.sample.table
     main = training.finished["main"]
     logit = np.full(len(table), np.nan)
@@ -619,25 +629,24 @@ def _model(config: PerceptionRunConfig, training: Training) -> tuple[Model, Floa
 
 
 def _draw(
+    config: PerceptionRunConfig,
     run: RunDirectory,
     board: TensorBoard,
-    sample: Sample,
-    rows: IntArray,
-    is_low: BoolArray,
+    training: Training,
     predicted: Prediction,
-    step: int,
 ) -> None:
     """Reliability, confusion and mistakes: in ``figures/`` and in TensorBoard."""
     from PIL import Image
 
     from ssl2rl_ray.perception.figures import draw_confusion, draw_mistakes, draw_reliability
 
-    p, table = predicted.p_low_ctf[rows], sample.table
+    table, rows = training.sample.table, training.split.validation
+    p, is_low = predicted.p_low_ctf[rows], truth_of(config, table)[rows] == 1
     figures = {
         "reliability": draw_reliability(is_low, p),
         "confusion": draw_confusion(is_low, p),
         "mistakes": draw_mistakes(
-            sample.images[rows],
+            training.sample.images[rows],
             is_low,
             p,
             table.hole_name[rows],
@@ -647,5 +656,5 @@ def _draw(
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
     for name, image in figures.items():
-        board.image(name, image, step)
+        board.image(name, image, training.num_epochs)
         Image.fromarray(image).save(folder / f"{name}.png")
