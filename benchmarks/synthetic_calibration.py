@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
@@ -171,6 +172,9 @@ def accuracies(seeds: int, preset: str, arms: tuple[Arm, ...], processes: int) -
     image_preset = IMAGE_PRESETS[preset]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(one_seed, seed, preset, image_preset, arms) for seed in range(seeds)]
+        for done, _ in enumerate(as_completed(futures), start=1):
+            took = time.perf_counter() - began
+            print(f"{done} of {seeds} seeds after {took:.0f} s", file=sys.stderr, flush=True)
         rows = [future.result() for future in futures]
     accuracy = np.array([[run["accuracy"] for run in row] for row in rows])
     auc = np.array([[run["auc"] for run in row] for row in rows])
