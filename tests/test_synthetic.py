@@ -114,6 +114,7 @@ def test_y3_has_the_published_numbers(y3_sessions):
         assert (ctf < 6).mean() == pytest.approx(0.5, abs=1e-3)
         assert ((ctf > 5) & (ctf < 7)).mean() == pytest.approx(0.30, abs=0.01)
         assert ctf.min() > 2.8 and ctf.max() == 20.0
+        assert not (ctf == 6.0).any()  # < and <= agree
         assert len(np.unique(np.stack([table.x, table.y]), axis=1).T) == len(table)
         assert table.is_labelled.all()
 
@@ -339,6 +340,21 @@ def test_redraw_at_another_threshold_keeps_labels_on_their_side():
     base, effects = np.where(np.arange(len(table)) % 2, 50.0, -50.0), RandomEffects()
     new = redraw_labels(table, base, effects, np.random.default_rng(1), low_ctf_threshold_A=4.5)
     np.testing.assert_array_equal(new.ctf_max_resolution_A < 4.5, base > 0)
+
+
+def test_y3_sessions_can_be_redrawn(y3_sessions):
+    """Training on a stored session does so: the values given the label are the law's."""
+    table, calibration = y3_sessions[0], synthetic_calibration("y3")
+    rng, base = np.random.default_rng(1), calibration.base_logit(table)
+    new = redraw_labels(table, base, calibration.effects, rng, preset="y3")
+    levels = [0.1, 0.25, 0.5, 0.75, 0.9]
+    for low in (True, False):
+        drawn, first = (
+            t.ctf_max_resolution_A[(t.ctf_max_resolution_A < 6) == low] for t in (new, table)
+        )
+        np.testing.assert_allclose(
+            np.quantile(drawn, levels), np.quantile(first, levels), rtol=0.05
+        )
 
 
 def test_redraw_without_predicted_resolution():

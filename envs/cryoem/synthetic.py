@@ -367,7 +367,8 @@ def _draw_ctf(rng: np.random.Generator, table: HoleTable, law: CtfLaw) -> FloatA
         reached = sums_of_squares(table, ctf) / ((ctf - ctf.mean()) ** 2).sum()
         sds *= np.sqrt(np.divide(shares, reached, out=np.ones(4), where=reached > 1e-9))
         ctf = law.resolution_A(normal_scores(sds @ levels))
-    return ctf
+    # the middle one of an odd number of holes lies on the threshold: < and <= must agree
+    return np.where(ctf == law.median_A, law.median_A + 1e-3, ctf)
 
 
 class _Tree(NamedTuple):
