@@ -103,9 +103,10 @@ class Fit:
         self.steps_per_epoch = max(1, len(examples.labelled) // training.batch_size)
         self.classifier = classifier.to(self.device).train()
         for parameter in self.classifier.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            if parameter.ndim == 4:  # `contiguous` would leave the strides of one input channel
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.classifier).eval().requires_grad_(False)
+        self._averaged, self._stepped = _floats(self.average), _floats(self.classifier)
         kernels = [p for p in self.classifier.parameters() if p.ndim > 1]
         others = [p for p in self.classifier.parameters() if p.ndim <= 1]  # biases, normalisation
         self.optimizer = torch.optim.SGD(
@@ -116,6 +117,7 @@ class Fit:
             lr=self.learning_rate,
             momentum=training.momentum,
             nesterov=training.momentum > 0,
+            fused=True,  # one pass over the weights
         )
         self.mean_p = torch.tensor(0.5, device=self.device)
         """Running mean of P(low-CTF) on weak views, for the alignment."""
@@ -239,10 +241,8 @@ class Fit:
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
         decay = min(self.training.ema_decay, (1 + step) / (10 + step))
-        mine, other = self.average.state_dict(), self.classifier.state_dict()
-        names = [name for name, value in mine.items() if value.is_floating_point()]
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            [mine[n] for n in names], [other[n] for n in names], 1 - decay
+            self._averaged, self._stepped, 1 - decay
         )
 
     # ------------------------------------------------------------ looking at it
@@ -329,6 +329,11 @@ class _Sums:
             for name, value in values.items()
             if f"{name}/count" in values
         } | {"num_images": values["num_images"]}
+
+
+def _floats(module: nn.Module) -> list[Tensor]:
+    """Weights and running means, which are changed in place only."""
+    return [v for v in module.state_dict().values() if v.is_floating_point()]
 
 
 def _as_float(images: Tensor) -> Tensor:
