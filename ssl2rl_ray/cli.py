@@ -8,6 +8,7 @@ handlers, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shlex
@@ -29,6 +30,7 @@ _USER_ERRORS = (
     NotADirectoryError,
     PermissionError,
 )
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        is_mendable = isinstance(error, _USER_ERRORS)
+        is_mendable = isinstance(error, _USER_ERRORS) or (
+            isinstance(error, OSError) and error.errno in _NO_ROOM
+        )
         kind = "" if is_mendable else f"{type(error).__name__}: "
         print(f"ssl2rl {args.command}: {kind}{error}", file=sys.stderr)
         if not is_mendable and not args.debug:
@@ -281,6 +285,8 @@ def _plan(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     from ssl2rl_ray.perception.predict import predict
 
+    if args.out == "-":
+        raise ValueError("--out: a parquet file is not for the terminal; name a file")
     with _Progress() as progress:
         result = predict(
             args.run,

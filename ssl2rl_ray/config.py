@@ -672,9 +672,14 @@ def _perception_problems(config: PerceptionRunConfig) -> Iterator[str]:
         )
     if data.validation_labelled_fraction == 1:
         yield "data.validation_labelled_fraction: 1 leaves no hole to validate on"
-    if training.ema_decay >= 1:
-        yield f"training.ema_decay: must be below 1, found {training.ema_decay}"
-    if not 0.5 <= training.confidence_threshold <= 1:
+    for name, value in (
+        ("training.ema_decay", training.ema_decay),
+        ("training.momentum", training.momentum),
+        ("classifier.dropout", config.classifier.dropout),
+    ):
+        if value >= 1:
+            yield f"{name}: must be below 1, found {value}"
+    if not 0.5 <= training.confidence_threshold < 1:
         yield (
             "training.confidence_threshold: a confidence is between 0.5 and 1, found "
             f"{training.confidence_threshold}"
@@ -798,8 +803,6 @@ _AT_MOST_ONE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "perception": {
         "data": ("labelled_fraction", "validation_labelled_fraction"),
-        "classifier": ("dropout",),
-        "training": ("momentum",),
     },
 }
 

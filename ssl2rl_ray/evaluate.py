@@ -417,6 +417,8 @@ def _labels_behind(folder: str | Path) -> frozenset[str]:
     source = read_dataset(folder)
     if source.manifest["provenance"].get("importer") == "synthetic":
         return frozenset()  # its calibration is the model it was drawn from, not fitted on it
+    if source.manifest["provenance"].get("importer") == "predict":
+        return frozenset(source.manifest["provenance"]["labels_seen"])  # a classifier's
     return label_marks(source.table)
 
 

@@ -356,6 +356,7 @@ class RunDirectory:
         """What a killed writer left behind."""
         known = {entry["name"] for entry in self.checkpoints}
         leftovers = [*self.path.glob(".new-*"), *self.path.glob("checkpoints/.new-*")]
+        leftovers += self.path.glob("train-*")  # of Ray Train
         leftovers += [p for p in self.path.glob("checkpoints/step-*") if p.name not in known]
         for path in leftovers:
             if path.is_dir():

@@ -258,7 +258,7 @@ def numbers(cls: type[Any], path: str = "") -> Iterator[str]:
         ),
         (["data.validation_labelled_fraction=1"], "1 leaves no hole to validate on"),
         (["classifier.network=vgg"], "expected one of resnet18, cnn"),
-        (["classifier.dropout=1.2"], "classifier.dropout: must be at most 1"),
+        (["classifier.dropout=1.2"], "classifier.dropout: must be below 1"),
         (["training.ema_decay=1"], "training.ema_decay: must be below 1"),
         (["training.confidence_threshold=0.4"], "a confidence is between 0.5 and 1"),
         (["training.num_folds=1"], "1 would leave nothing to train on"),

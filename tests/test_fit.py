@@ -126,6 +126,56 @@ def test_every_labelled_hole_comes_once_an_epoch(examples):
     assert set(counts) <= {1, 2}  # 512 of 372: each once before any comes again
 
 
+def test_one_step_by_hand(examples):
+    """The gradient that SGD takes is that of l_sup + lambda l_U, over one joint forward pass."""
+    few = dataclasses.replace(examples, labelled=np.arange(8), unlabelled=np.arange(200, 232))
+    moved = {}
+    for weight in (0.0, 1.0, 5.0):
+        learner = fit(
+            few, "fixmatch", batch_size=8, num_epochs=1, momentum=0.0, weight_decay=0.0,
+            learning_rate=1.0, unsupervised_weight=weight, confidence_threshold=0.5,
+        )  # fmt: skip
+        batches = []
+        learner.model.register_forward_pre_hook(lambda _, args, kept=batches: kept.append(args[0]))
+        before = [p.detach().clone() for p in learner.classifier.parameters()]
+        run(learner)
+        assert [tuple(batch.shape) for batch in batches] == [(8 + 32 + 32, 1, 32, 32)]
+        after = learner.classifier.parameters()
+        moved[weight] = torch.cat([(b - a).flatten() for a, b in zip(after, before, strict=True)])
+    unsupervised = moved[1.0] - moved[0.0]
+    assert unsupervised.abs().max() > 1e-3
+    torch.testing.assert_close(moved[5.0], moved[0.0] + 5 * unsupervised, rtol=1e-3, atol=1e-5)
+
+
+def test_weight_decay_is_of_kernels_only(examples):
+    groups = fit(examples, weight_decay=0.1).optimizer.param_groups
+    assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups] == [
+        (0.1, {2, 4}),
+        (0.0, {1}),
+    ]
+
+
+def test_alignment_acts_and_does_not_hide_a_collapse(examples):
+    plain, aligned = (fit(examples, "fixmatch", is_aligned=value) for value in (False, True))
+    for learner in (plain, aligned):
+        run(learner, 3)
+    name = "network.0.weight"
+    assert not torch.equal(weights(plain)[name], weights(aligned)[name])
+    assert 0 < aligned.mean_p < 1 and aligned.mean_p != 0.5 and plain.mean_p == 0.5
+    with torch.no_grad():
+        aligned.classifier.network[-1].bias.fill_(-30)
+    aligned.optimizer.param_groups[0]["lr"] = 0
+    aligned.learning_rate = 1e-9
+    assert aligned.is_collapsed(aligned.epoch())
+
+
+def test_a_loss_that_is_not_finite_ends_the_fit(examples):
+    with pytest.raises(
+        ValueError, match=r"training diverged in epoch .*learning_rate \(now 1e\+09\)"
+    ):
+        run(fit(examples, learning_rate=1e9), 30)
+
+
 def test_workers_share_a_batch_without_overlap(examples):
     one, *shares = (fit(examples, "fixmatch") for _ in range(3))
     for rank, share in enumerate(shares):

@@ -153,7 +153,7 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
     """
     try:
         description: dict[str, Any] = dict(json.loads((folder / "model.json").read_text()))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, RecursionError, TypeError, ValueError) as error:
         raise ClassifierError(
             f"{folder} is not a classifier ({error}): give a run of kind perception"
         ) from error
@@ -170,8 +170,12 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
             description["network"], description["image_size_px"], description["dropout"]
         )
         classifier.load_state_dict(load_file(folder / "model.safetensors"))
+        for name, value in classifier.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} has a value that is not finite")
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ClassifierError(f"{folder}: the classifier is damaged: {error}") from error
+        reason = str(error).partition("\n")[0][:200]
+        raise ClassifierError(f"{folder}: the classifier is damaged: {reason}") from error
     return classifier.eval().requires_grad_(False), description
 
 

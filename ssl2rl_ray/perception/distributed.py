@@ -129,7 +129,9 @@ def run_workers(
                 if is_over:
                     break
     finally:
-        if not thread.is_alive():
+        if thread.is_alive():  # an error on this side: the workers end too, on a shared cluster
+            stop.touch()
+        else:
             shutil.rmtree(scratch, ignore_errors=True)
     if not errors:
         return
@@ -154,10 +156,11 @@ def check_room(num_workers: int, num_cpus: int, is_on_gpu: bool) -> None:
     for what, found in (("has", ray.cluster_resources()), ("has free", ray.available_resources())):
         for name, number in needed.items():
             if found.get(name, 0) < number:
+                way = "set compute.device cpu" if name == "GPU" else "lower num_torch_threads"
                 raise ValueError(
                     f"compute.num_workers: {num_workers} workers need {number} {name}, the Ray "
-                    f"cluster {what} {found.get(name, 0):g}; lower num_workers or "
-                    "num_torch_threads, or wait for other jobs"
+                    f"cluster {what} {found.get(name, 0):g}; lower num_workers, {way}, or wait "
+                    "for other jobs"
                 )
 
 

@@ -38,7 +38,7 @@ _PAPER = {  # SSL²-RL, appendix B.2: epochs and learning rate
     "fixmatch": (200, 0.01),
     "finetuning": (40, 0.001),
 }
-_ALIGNMENT_DECAY = 0.99
+_ALIGNMENT_RATE = 0.01
 """Of the running mean of predictions: about 100 batches (ReMixMatch: the last 128)."""
 COLLAPSED_SHARE = 0.05
 """A classifier that calls fewer than this, or all but this share low-CTF, has collapsed."""
@@ -134,7 +134,10 @@ class Fit:
     # ------------------------------------------------------------ one epoch
 
     def epoch(self) -> dict[str, float]:
-        """Trains one epoch and says how it went (``train/...``); see ``_Sums`` for the numbers."""
+        """Trains one epoch and says how it went (``train/...``); see ``_Sums`` for the numbers.
+
+        Raises ValueError where the loss is not finite any more.
+        """
         started = time.perf_counter()
         rng = np.random.default_rng([self.seed, self.epochs_done])  # the same for every worker
         own = np.random.SeedSequence([self.seed, self.epochs_done, self.rank])
@@ -152,6 +155,8 @@ class Fit:
             self._update_average(self.epochs_done * self.steps_per_epoch + step)
         self.epochs_done += 1
         row = sums.row(self.num_workers, self.device)
+        if not math.isfinite(row["train/loss_supervised"]):
+            raise self._diverged()
         row["train/images_per_s"] = row.pop("num_images") / (time.perf_counter() - started)
         row["train/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         return row
@@ -220,14 +225,23 @@ class Fit:
             sums.mean("train/loss_unsupervised", loss.detach() - own.detach())
             return loss
         weak_logit, strong_logit = logit[b : b + u].detach(), logit[b + u :]
+        aligned = weak_logit
         if training.is_aligned:
-            self.mean_p.lerp_(torch.sigmoid(weak_logit).mean(), 1 - _ALIGNMENT_DECAY)
+            self.mean_p.lerp_(self._mean_of_workers(torch.sigmoid(weak_logit)), _ALIGNMENT_RATE)
             share = min(max(self.share_low, 0.01), 0.99)
-            weak_logit = align(weak_logit, share, self.mean_p.clamp(0.01, 0.99))
-        other, is_accepted = fixmatch_loss(weak_logit, strong_logit, training.confidence_threshold)
+            aligned = align(weak_logit, share, self.mean_p.clamp(0.01, 0.99))
+        other, is_accepted = fixmatch_loss(aligned, strong_logit, training.confidence_threshold)
         sums.mean("train/loss_unsupervised", other.detach())
-        sums.pseudo_labels(weak_logit, is_accepted, self._truth(unlabelled))
+        sums.pseudo_labels(weak_logit, aligned, is_accepted, self._truth(unlabelled))
         return own + training.unsupervised_weight * other
+
+    def _mean_of_workers(self, values: Tensor) -> Tensor:
+        """The mean over all workers' values, as many each."""
+        mean = values.mean()
+        if self.num_workers > 1:
+            torch.distributed.all_reduce(mean)
+            mean /= self.num_workers
+        return mean
 
     def _truth(self, rows: IntArray) -> Tensor:
         return torch.from_numpy(self.examples.truth[rows].astype(np.float32)).to(self.device)
@@ -248,8 +262,17 @@ class Fit:
     # ------------------------------------------------------------ looking at it
 
     def logits(self, rows: IntArray) -> FloatArray:
-        """(R,) float64 logits of the averaged classifier."""
-        return predict_logits(self.average, self.examples.images, rows).double().numpy()
+        """(R,) float64 logits of the averaged classifier; ValueError where one is not finite."""
+        logits = predict_logits(self.average, self.examples.images, rows).double().numpy()
+        if not np.isfinite(logits).all():
+            raise self._diverged()
+        return logits
+
+    def _diverged(self) -> ValueError:
+        return ValueError(
+            f"training diverged in epoch {self.epochs_done}: numbers are not finite any more; "
+            f"lower training.learning_rate (now {self.learning_rate:g})"
+        )
 
     def validate(self) -> dict[str, float]:
         """``validation/...``: see ``metrics.classifier_metrics``; empty without validation rows."""
@@ -294,7 +317,8 @@ class _Sums:
     - ``train/accepted_share``: of the unlabelled images, FixMatch's mask rate.
     - ``train/accepted_accuracy``: of the accepted pseudo labels whose truth is known.
     - ``train/positive_share``: of the unlabelled images, called low-CTF on their weak view.
-    - ``train/entropy``: mean, of the predictions on weak views, nats.
+    - ``train/entropy``: mean, of the predictions on weak views, nats. Both before any alignment,
+      which would hide a collapse.
     """
 
     def __init__(self) -> None:
@@ -307,13 +331,15 @@ class _Sums:
         self.add(name, value)
         self.add(f"{name}/count", count)
 
-    def pseudo_labels(self, weak_logit: Tensor, is_accepted: Tensor, truth: Tensor) -> None:
+    def pseudo_labels(
+        self, weak_logit: Tensor, aligned: Tensor, is_accepted: Tensor, truth: Tensor
+    ) -> None:
         n, is_positive = len(weak_logit), weak_logit >= 0
         is_known = is_accepted & ~truth.isnan()
         self.mean("train/accepted_share", is_accepted.sum(), n)
         self.mean("train/positive_share", is_positive.sum(), n)
         self.mean("train/entropy", entropy(weak_logit).sum(), n)
-        is_right = is_known & (is_positive == (truth == 1))
+        is_right = is_known & ((aligned >= 0) == (truth == 1))
         self.mean("train/accepted_accuracy", is_right.sum(), is_known.sum())
 
     def row(self, num_workers: int, device: torch.device) -> dict[str, float]:

@@ -7,6 +7,7 @@ Torch without Ray. Shape letters: N holes, H and W pixels.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,8 +65,10 @@ class Model:
     low_ctf_threshold_A: float
     """Å; what low-CTF meant in training."""
     cross_fitted: Mapping[str, float]
-    """``data.splits.marks`` of the labels learned from, and the logit of a classifier that did not
-    see that label (temperature not applied)."""
+    """``data.splits.marks`` of the run's labels, and the logit of a classifier that did not see
+    that label (of the one that did, where the run had no folds); temperature not applied."""
+    labels_seen: frozenset[str]
+    """Marks of all labels learned from, those behind the initial classifier included."""
     validation_marks: frozenset[str] = frozenset()
     """``data.splits.marks`` of the labels that the run validated on."""
     notes: Mapping[str, Any]
@@ -78,6 +81,7 @@ class Model:
             "posterior": None if self.posterior is None else self.posterior.to_json(),
             "low_ctf_threshold_A": self.low_ctf_threshold_A,
             "cross_fitted": dict(self.cross_fitted),
+            "labels_seen": sorted(self.labels_seen),
             "validation_marks": sorted(self.validation_marks),
             "notes": dict(self.notes),
         }
@@ -89,16 +93,20 @@ class Model:
         classifier, found = load_classifier(folder)
         try:
             posterior = found["posterior"]
+            if posterior is not None:
+                posterior = HierarchicalPosterior.from_json(posterior)
+                _check_numbers(posterior)
             return cls(
                 classifier=classifier,
-                temperature=float(found["temperature"]),
-                posterior=posterior and HierarchicalPosterior.from_json(posterior),
-                low_ctf_threshold_A=float(found["low_ctf_threshold_A"]),
-                cross_fitted=dict(found["cross_fitted"]),
+                temperature=_positive(found["temperature"]),
+                posterior=posterior,
+                low_ctf_threshold_A=_positive(found["low_ctf_threshold_A"]),
+                cross_fitted={k: _finite(v) for k, v in dict(found["cross_fitted"]).items()},
+                labels_seen=frozenset(found["labels_seen"]),
                 validation_marks=frozenset(found["validation_marks"]),
                 notes=dict(found["notes"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ClassifierError(f"{folder}: model.json is damaged: {error}") from error
 
     def logits(
@@ -159,7 +167,7 @@ class Model:
             p_low = self.posterior.predict(table, logit, ctf < self.low_ctf_threshold_A, is_known)
         rows = np.flatnonzero(np.isfinite(ctf))
         is_seen = np.zeros(len(table), bool)
-        is_seen[rows] = [mark in self.cross_fitted for mark in marks(table, rows)]
+        is_seen[rows] = [mark in self.labels_seen for mark in marks(table, rows)]
         return Prediction(
             logit=scaled,
             p_classifier=p_classifier,
@@ -190,18 +198,47 @@ class Model:
         )
 
 
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, found {value!r}")
+    return number
+
+
+def _positive(value: Any) -> float:
+    if not (number := _finite(value)) > 0:
+        raise ValueError(f"expected a number above 0, found {value!r}")
+    return number
+
+
+def _check_numbers(posterior: HierarchicalPosterior) -> None:
+    """Raises ValueError or TypeError where a number is none, or an sd is below 0."""
+    values = posterior.to_json()
+    effects = values.pop("effects")
+    for name in ("intercept", *(name for name in values if name.startswith("slope_"))):
+        _finite(values[name])
+    for name, sd in effects.items():
+        if not 0 <= _finite(sd) < 1e6:
+            raise ValueError(f"posterior: {name} is {sd!r}, not a standard deviation")
+
+
 def model_of_run(path: str | os.PathLike[str]) -> Model:
     """The model of a run directory of kind perception, or of an exported ``model`` folder.
 
     Raises ValueError where there is none (yet).
     """
+    return Model.load(model_folder(path))
+
+
+def model_folder(path: str | os.PathLike[str]) -> Path:
+    """Where ``model_of_run`` finds it; raises as that."""
     folder = Path(path)
     if (folder / "model.json").is_file():
-        return Model.load(folder)
+        return folder
     run = RunDirectory.open(folder)
     if (found := run.artefact("model")) is None:
         raise ValueError(
             f"{folder}: this run has no classifier (kind {run.manifest['kind']}, status "
             f"{run.status!r}); finish it with --resume, or name another run"
         )
-    return Model.load(found)
+    return found

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from envs.cryoem.types import BoolArray
-from ssl2rl_ray.data.folder import Dataset, read_dataset, write_dataset
+from ssl2rl_ray.data.folder import Dataset, check_target, read_dataset, write_dataset
 from ssl2rl_ray.data.splits import marks
 from ssl2rl_ray.data.text import DataError
 from ssl2rl_ray.perception.metrics import classifier_metrics
@@ -58,12 +59,19 @@ def predict(
     Raises:
         ValueError: no model, no dataset, no images, or images of another size.
     """
+    if Path(out).resolve().parent == Path(data).resolve():
+        raise DataError(f"{out} lies in the dataset folder {data}: choose another place")
+    if dataset is not None:
+        check_target(Path(dataset), force)
     model, session = model_of_run(run), read_dataset(data)
     table, images, has_image = session.table, session.images, session.has_image
     if images is None or has_image is None or not has_image.any():
         raise DataError(f"{data} has no images: import the session again with --images DIR")
+    if torch.cuda.is_available():
+        model.classifier.to("cuda")
     logit = model.logits(table, images, has_image, on_step=on_step)
     predicted = model.predict(table, logit, _known(labels, model, session))
+    judged = _judged(model, session, predicted)
     _write(Path(out), session, predicted)
     if dataset is not None:
         _write_dataset(model, session, predicted, run, dataset, force)
@@ -75,6 +83,8 @@ def predict(
         )
     if labels == "data" and predicted.is_known.any():
         notes.append("every label of the data tells about its neighbours; --labels run or none")
+    if labels == "run" and not predicted.is_known.any():
+        notes.append("the run learned from no label of this session: none tells about neighbours")
     return {
         "num_holes": len(table),
         "num_images": int(has_image.sum()),
@@ -82,7 +92,7 @@ def predict(
         "num_seen": num_seen,
         "labels": labels,
         "notes": notes,
-        **_judged(model, session, predicted),
+        **judged,
     }
 
 
@@ -154,10 +164,14 @@ def _write_dataset(
         out,
         provenance={
             "importer": "predict",
-            "model": os.fspath(run),
             "source": session.manifest["provenance"],
-            "num_shared_holes": int(predicted.is_seen.sum()),
             "notes": ["p_low_ctf is p_marginal of a perception run"],
+            "calibration_applied": {
+                "path": os.fspath(run),
+                "fitted_on": model.notes["trained_on"],
+                "num_shared_holes": int(predicted.is_seen.sum()),
+            },
+            "labels_seen": sorted(model.labels_seen),  # what the calibration stored here rests on
         },
         calibration=None if calibration is None else calibration.to_json(),
         images=session.images,

@@ -12,6 +12,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import io
+import math
 import pickle
 import shutil
 import sys
@@ -39,7 +42,7 @@ from ssl2rl_ray.perception.classifier import Classifier, make_classifier
 from ssl2rl_ray.perception.distributed import last_state, report, run_workers
 from ssl2rl_ray.perception.fit import Examples, Fit
 from ssl2rl_ray.perception.metrics import classifier_metrics, fit_temperature
-from ssl2rl_ray.perception.model import Model, Prediction, model_of_run
+from ssl2rl_ray.perception.model import Model, Prediction, model_folder, model_of_run
 from ssl2rl_ray.perception.posterior import fit_posterior
 from ssl2rl_ray.runs import RunDirectory, on_interrupt
 from ssl2rl_ray.stats import or_none
@@ -102,15 +105,29 @@ def sample_of(config: PerceptionRunConfig) -> Sample:
 
 
 def data_hashes(config: PerceptionRunConfig) -> dict[str, str]:
-    """``content_hash`` by path of the dataset that a run reads; raises as ``sample_of``."""
-    path = config.data.dataset
-    return {} if path is None else {path: sample_of(config).table.content_hash}
+    """What tells by path whether the files that a run reads are still the same.
+
+    Raises whatever is wrong with them, and with what the config asks of them, as ``Training``.
+    """
+    Training(config, sample_of(config), device=device_of(config))
+    hashes, dataset = {}, config.data.dataset
+    if dataset is not None:
+        hashes[dataset] = sample_of(config).table.content_hash
+        files = read_dataset(dataset).manifest["files"]
+        hashes[f"{dataset}: images"] = files["images.npy"]["sha256"]
+    if (path := config.training.pseudo_labels) is not None:
+        hashes[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if (initial := config.classifier.initial) is not None:
+        weights = model_folder(initial) / "model.safetensors"
+        hashes[initial] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return hashes
 
 
 def split_of(config: PerceptionRunConfig, sample: Sample) -> Split:
     """Validation squares, then which labels of either part are used.
 
-    Raises ValueError where nothing labelled is left on one of the two sides.
+    Raises ValueError where nothing labelled is left on one of the two sides, and where the labels
+    to train on are of one kind.
     """
     data, table = config.data, sample.table
 
@@ -127,8 +144,15 @@ def split_of(config: PerceptionRunConfig, sample: Sample) -> Split:
     if not len(labelled) or len(known) == len(candidates):
         raise ValueError(
             f"seed {config.seed}: the split by squares leaves {len(labelled)} labelled holes to "
-            f"train on and {len(candidates) - len(known)} to validate on; change "
-            "data.validation_share or data.validation_labelled_fraction"
+            f"train on and {len(candidates) - len(known)} to validate on; take another seed or "
+            "data.validation_share, or label holes of more squares"
+        )
+    is_low = truth_of(config, table)[labelled] == 1
+    if is_low.all() or not is_low.any():
+        raise ValueError(
+            f"all {len(labelled)} labelled holes to train on are {'' if is_low.all() else 'not '}"
+            f"low-CTF at data.low_ctf_threshold_A {data.low_ctf_threshold_A:g}: nothing to tell "
+            "apart; raise data.labelled_fraction, or change the threshold"
         )
     is_unlabelled = sample.has_image & ~held_out
     is_unlabelled[labelled] = False
@@ -188,16 +212,85 @@ def read_pseudo_labels(path: str, table: HoleTable) -> tuple[FloatArray, FloatAr
         raise DataError(f"{path}: the session has no hole {strangers[0]!r} ({len(strangers)} rows)")
     if len(set(names)) < len(names):
         raise DataError(f"{path}: a hole is there twice")
+    if not all(value in (0, 1) for value in found["is_low_ctf"]):
+        raise DataError(f"{path}: is_low_ctf: expected true or false in every row")
     label, confidence = np.full(len(table), np.nan), np.zeros(len(table))
     rows = np.array([row_of[name] for name in names], np.int64)
     label[rows] = np.array(found["is_low_ctf"], float)
-    confidence[rows] = np.array(found["confidence"], float)
-    if not (confidence >= 0).all():
-        raise DataError(f"{path}: a confidence is below 0 or missing")
+    try:
+        confidence[rows] = np.array(found["confidence"], float)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: confidence: expected numbers: {error}") from error
+    if not (np.isfinite(confidence) & (confidence >= 0)).all():
+        raise DataError(f"{path}: confidence: expected numbers of 0 or more in every row")
     return label, confidence
 
 
 # ---- all fits of a run ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Initial:
+    """The run that a run starts from."""
+
+    weights: dict[str, dict[str, torch.Tensor]]
+    """By fit: a fold starts from the fold that did not see its part either."""
+    labels_seen: frozenset[str]
+    """``marks`` of the labels that it learned from."""
+    validation_marks: frozenset[str]
+
+
+def _initial_weights(
+    config: PerceptionRunConfig, table: HoleTable, split: Split, parts: dict[str, IntArray]
+) -> Initial | None:
+    """Of ``classifier.initial``; None = it names none.
+
+    Raises ValueError where it holds another network, learned from holes that this run validates
+    on, or has not the folds of this run.
+    """
+    asked = config.classifier
+    if asked.initial is None:
+        return None
+    model = model_of_run(asked.initial)
+    found = model.classifier
+    if (found.name, found.dropout) != (asked.network, asked.dropout):
+        raise ValueError(
+            f"classifier.initial: {asked.initial} holds a {found.name} with dropout "
+            f"{found.dropout:g}, the config asks for {asked.network} with {asked.dropout:g}; "
+            "make them equal"
+        )
+    judged = marks(table, np.concatenate([split.validation, split.known]))
+    if num_seen := len(model.labels_seen & set(judged)):
+        raise ValueError(
+            f"classifier.initial: {asked.initial} learned from {num_seen} of the holes that this "
+            "run validates on; take its seed and data.validation_share"
+        )
+    weights = {"main": found.state_dict()}
+    if config.training.num_folds:
+        finished = _finished_fits(asked.initial)
+        for name, part in parts.items():
+            same = name == "main" or torch.equal(
+                finished.get(name, {}).get("rows", torch.zeros(0)), torch.from_numpy(part)
+            )
+            if not same or model.notes["trained_on"] != table.content_hash:
+                raise ValueError(
+                    f"classifier.initial: {asked.initial} has not the folds of this run, so that "
+                    "each fold would begin with labels that it is to be judged on; take its data, "
+                    "seed, data.labelled_fraction and training.num_folds, or set num_folds 0"
+                )
+            if name != "main":
+                weights[name] = finished[name]["weights"]
+    return Initial(
+        weights=weights, labels_seen=model.labels_seen, validation_marks=model.validation_marks
+    )
+
+
+def _finished_fits(path: str) -> dict[str, Any]:
+    """``Training.finished`` of a finished run; empty where only its model is at hand."""
+    if not (Path(path) / "checkpoints").is_dir():
+        return {}
+    latest = RunDirectory.open(path).latest
+    return {} if latest is None else _read_state(latest)["finished"]
 
 
 class Training:
@@ -217,19 +310,25 @@ class Training:
         rank: int = 0,
         num_workers: int = 1,
     ) -> None:
-        """Raises ValueError as ``Fit``, and DataError as ``read_pseudo_labels``."""
+        """Raises ValueError as ``split_of``, ``Fit`` and ``_initial_weights``.
+
+        And where there are more folds than labels; DataError as ``read_pseudo_labels``.
+        """
         self.config, self.sample = config, sample
         self.num_workers = num_workers
         self._options: dict[str, Any] = {"device": device, "rank": rank, "num_workers": num_workers}
         self.split = split_of(config, sample)
         self._examples = examples_of(config, sample, self.split)
-        parts = folds(
-            self.split.labelled,
-            min(config.training.num_folds, len(self.split.labelled)),
-            np.random.default_rng([config.seed, _FOLDS]),
-        )
+        num_folds, labelled = config.training.num_folds, self.split.labelled
+        if num_folds > len(labelled):
+            raise ValueError(
+                f"training.num_folds: {num_folds} parts of {len(labelled)} labelled holes; lower "
+                "it, set it to 0, or raise data.labelled_fraction"
+            )
+        parts = folds(labelled, num_folds, np.random.default_rng([config.seed, _FOLDS]))
         self.parts: dict[str, IntArray] = {"main": np.zeros(0, np.int64)}
-        self.parts |= {f"fold-{i}": part for i, part in enumerate(parts) if len(parts) > 1}
+        self.parts |= {f"fold-{i}": part for i, part in enumerate(parts)}
+        self.initial = _initial_weights(config, sample.table, self.split, self.parts)
         self.finished: dict[str, dict[str, Any]] = {}
         self.fit = self._begin("main")
         self.num_epochs = self.fit.num_epochs * len(self.parts)
@@ -239,7 +338,7 @@ class Training:
         self.name = name
         seed = self.config.seed * 1000 + list(self.parts).index(name)
         torch.manual_seed(seed)
-        classifier = self._initial_classifier()
+        classifier = self._initial_classifier(name)
         part, examples = self.parts[name], self._examples
         if len(part):
             labelled = np.setdiff1d(examples.labelled, part)
@@ -252,18 +351,12 @@ class Training:
         training = self.config.training
         return Fit(training, classifier, examples, seed=seed, **self._options)
 
-    def _initial_classifier(self) -> Classifier:
+    def _initial_classifier(self, name: str) -> Classifier:
         classifier, size = self.config.classifier, self.sample.images.shape[1]
-        if classifier.initial is not None:
-            found = model_of_run(classifier.initial).classifier
-            if (found.name, found.dropout) != (classifier.network, classifier.dropout):
-                raise ValueError(
-                    f"classifier: {classifier.initial} holds a {found.name} with dropout "
-                    f"{found.dropout:g}, the config asks for {classifier.network} with "
-                    f"{classifier.dropout:g}; make them equal"
-                )
-            return found.requires_grad_(True)
         made = make_classifier(classifier.network, size, classifier.dropout)
+        if self.initial is not None:
+            made.load_state_dict(self.initial.weights[name])
+            return made
         train = np.concatenate([self.split.labelled, self.split.unlabelled])
         rows = np.sort(train)[:: max(1, len(train) // _NUM_FOR_MEAN)]
         pixels = self.sample.images[rows]
@@ -313,7 +406,8 @@ class Training:
         is_asked = self._options["rank"] == 0
         self.finished[self.name] = {
             "logits": torch.from_numpy(self.fit.logits(rows) if is_asked else np.zeros(len(rows))),
-            "weights": self.fit.average.state_dict() if is_main else {},
+            "weights": self.fit.average.state_dict(),
+            "rows": torch.from_numpy(rows),
         }
         if not self.is_over:
             self.fit = self._begin(list(self.parts)[len(self.finished)])
@@ -366,16 +460,23 @@ def train_classifier(
     sample = sample_of(config)
     torch.set_num_threads(config.compute.num_torch_threads)
     is_alone = config.compute.num_workers == 0
-    training = Training(config, sample, device=device_of(config) if is_alone else "cpu")
+    training = Training(config, sample, device=device_of(config))
     state = None if run.latest is None else _read_state(run.latest)
     if state is not None:
         training.load_state(state)
-    log = _Log(config, run, training.epochs_done, training.num_epochs, progress or _print_row)
-    with log.board, on_interrupt() as interrupted:
+    with contextlib.ExitStack() as stack:
+        if not is_alone and not training.is_over:
+            # before our handlers of signals: Ray sets one of its own
+            stack.enter_context(
+                local_ray(config.compute.num_workers * config.compute.num_torch_threads)
+            )
+        log = _Log(config, run, training, progress or _print_row)
+        stack.enter_context(log.board)
+        interrupted = stack.enter_context(on_interrupt())
         if is_alone:
             _train_here(training, log, interrupted)
         elif not training.is_over:
-            training = _train_with_ray(training, state, log, interrupted)
+            _train_with_ray(training, state, log, interrupted)
         return _finish(config, run, training, log.board)
 
 
@@ -391,39 +492,37 @@ def _train_here(training: Training, log: _Log, interrupted: threading.Event) -> 
 
 def _train_with_ray(
     begun: Training, state: dict[str, Any] | None, log: _Log, interrupted: threading.Event
-) -> Training:
-    """The training at its end; images and state go to each node once, through Ray's store."""
+) -> None:
+    """Takes the training to its end; images and state reach each node once, by Ray's store."""
     import ray
 
     config, compute = begun.config, begun.config.compute
-    with local_ray(compute.num_workers * compute.num_torch_threads):
-        num_gpus = ray.cluster_resources().get("GPU", 0)
-        is_on_gpu = compute.device == "cuda" or (
-            compute.device == "auto" and num_gpus >= compute.num_workers
-        )
+    num_gpus = ray.cluster_resources().get("GPU", 0)
+    is_on_gpu = compute.device == "cuda" or (
+        compute.device == "auto" and num_gpus >= compute.num_workers
+    )
 
-        def on_report(content: dict[str, Any], saved: Path | None) -> None:
-            for row in content["rows"]:
-                if row["epoch"] > log.last_epoch:  # a group that was started again repeats some
-                    log.row(row)
-            if saved is not None:
-                log.keep(log.last_epoch, saved)
+    def on_report(content: dict[str, Any], saved: Path | None) -> None:
+        for row in content["rows"]:
+            if row["epoch"] > log.last_epoch:  # a group that was started again repeats some
+                log.row(row)
+        if saved is not None:
+            log.keep(log.last_epoch, saved)
 
-        run_workers(
-            _worker,
-            {"config": config, "sample": ray.put(begun.sample), "state": ray.put(state)},
-            folder=log.run.path,
-            num_workers=compute.num_workers,
-            num_cpus=compute.num_torch_threads,
-            is_on_gpu=is_on_gpu,
-            on_report=on_report,
-            is_stopping=interrupted.is_set,
-        )
+    run_workers(
+        _worker,
+        {"config": config, "sample": ray.put(begun.sample), "state": ray.put(state)},
+        folder=log.run.path,
+        num_workers=compute.num_workers,
+        num_cpus=compute.num_torch_threads,
+        is_on_gpu=is_on_gpu,
+        on_report=on_report,
+        is_stopping=interrupted.is_set,
+    )
     if interrupted.is_set():
         raise KeyboardInterrupt
     assert log.run.latest is not None
     begun.load_state(_read_state(log.run.latest))
-    return begun
 
 
 def _worker(task: dict[str, Any]) -> None:
@@ -467,10 +566,22 @@ def _agreed(is_stopping: bool, training: Training) -> bool:
 def device_of(config: PerceptionRunConfig) -> torch.device:
     """As asked, or a GPU where torch sees one; raises ValueError where one is asked for in vain."""
     asked = config.compute.device
+    if config.compute.num_workers > 0:
+        return torch.device("cpu")  # of this process: the workers have their own
     if asked == "cuda" and not torch.cuda.is_available():
         raise ValueError("compute.device: cuda was asked for, and torch sees no GPU; set auto")
     has_gpu = asked == "cuda" or (asked == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if has_gpu else "cpu")
+
+
+_EARLY_SHARE = 0.2
+"""Of the epochs: a healthy classifier may begin one-sided."""
+_AGAINST_COLLAPSE = {
+    "supervised": "more labels, or another training.learning_rate",
+    "fixmatch": "lower training.unsupervised_weight, raise training.num_warmup_epochs, or set "
+    "training.is_aligned",
+    "finetuning": "lower training.unsupervised_weight, and look at the pseudo labels",
+}
 
 
 class _Log:
@@ -480,12 +591,13 @@ class _Log:
         self,
         config: PerceptionRunConfig,
         run: RunDirectory,
-        epochs_done: int,
-        num_epochs: int,
+        training: Training,
         progress: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.run, self.num_epochs, self.progress = run, num_epochs, progress
-        self.last_epoch = epochs_done
+        self.run, self.num_epochs, self.progress = run, training.num_epochs, progress
+        self.last_epoch = epochs_done = training.epochs_done
+        self._method = config.training.method
+        self._warns_from: float = _EARLY_SHARE * training.fit.num_epochs
         self._started = time.perf_counter()
         self.board = TensorBoard(
             run.path / "tensorboard", first_step=epochs_done + 1 if epochs_done else 0
@@ -499,9 +611,23 @@ class _Log:
         self.run.log(row)
         self.board.log(row, row["epoch"])
         self.progress({**row, "num_epochs": self.num_epochs})
+        if row.get("is_collapsed") and row["epoch"] > self._warns_from:
+            self._warns_from = math.inf  # said once
+            print(
+                f"warning: from epoch {row['epoch']} on nearly all holes are called one thing "
+                f"(collapse); {_AGAINST_COLLAPSE[self._method]}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def save(self, epoch: int, state: dict[str, Any]) -> None:
-        self.run.save_checkpoint(epoch, lambda folder: torch.save(state, folder / "state.pt"))
+        stream = io.BytesIO()  # torch tells a full disk as a bug of its own
+        torch.save(state, stream)
+
+        def write(folder: Path) -> None:
+            (folder / "state.pt").write_bytes(stream.getbuffer())
+
+        self.run.save_checkpoint(epoch, write)
 
     def keep(self, epoch: int, saved: Path) -> None:
         """A state that a worker saved; gone already where two newer ones follow."""
@@ -533,13 +659,6 @@ def _print_row(row: dict[str, Any]) -> None:
             parts.append(f"{name} {row[name]:.3f}")
     if any("/accuracy" in part for part in parts):
         print("  ".join(parts), file=sys.stderr, flush=True)
-    if row.get("is_collapsed"):
-        print(
-            "warning: nearly all holes are called one way (collapse); lower "
-            "training.unsupervised_weight, raise training.num_warmup_epochs, or set is_aligned",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def _finish(
@@ -551,7 +670,7 @@ def _finish(
     run.write_artefact("model", model.save)
     judged, predicted = judge(training, model, logit)
     summary = {
-        "num_epochs": training.num_epochs,
+        "num_epochs_of_all_fits": training.num_epochs,
         "num_labelled": len(split.labelled),
         "num_unlabelled": len(split.unlabelled),
         "num_validation": len(split.validation),
@@ -616,13 +735,16 @@ def model_of(training: Training) -> tuple[Model, FloatArray]:
     is_cross_fitted = len(training.parts) > 1
     is_known = np.zeros(len(table), bool)
     is_known[rows] = True
+    learned, judged = marks(table, rows), marks(table, np.union1d(split.validation, split.known))
+    initial = training.initial
     model = Model(
         classifier=classifier.eval().requires_grad_(False),
         temperature=fit_temperature(logit[rows], is_low[rows]) if is_cross_fitted else 1.0,
         posterior=fit_posterior(table, logit, is_low, is_known) if is_cross_fitted else None,
         low_ctf_threshold_A=config.data.low_ctf_threshold_A,
-        cross_fitted=dict(zip(marks(table, rows), logit[rows].tolist(), strict=True)),
-        validation_marks=frozenset(marks(table, np.concatenate([split.validation, split.known]))),
+        cross_fitted=dict(zip(learned, logit[rows].tolist(), strict=True)),
+        labels_seen=frozenset(learned) | (initial.labels_seen if initial else frozenset()),
+        validation_marks=frozenset(judged) | (initial.validation_marks if initial else frozenset()),
         notes={"config": to_dict(config), "trained_on": table.content_hash},
     )
     return model, logit
