@@ -57,6 +57,7 @@ ARMS = (
     Arm("SL 100 %", 1.0, 0.652, SUPERVISED),
     Arm("SL 5 %, well trained (lr 0.03)", 0.05, None, {**SUPERVISED, "learning_rate": 0.03}),
     Arm("FixMatch 5 %", 0.05, 0.623),
+    Arm("FixMatch 5 %, lr 0.03", 0.05, 0.623, {"learning_rate": 0.03}),
     Arm("FixMatch 5 %, weight 5", 0.05, 0.623, {"unsupervised_weight": 5.0}),
 )
 
