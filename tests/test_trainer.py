@@ -646,6 +646,7 @@ def model_bytes(path: Path) -> bytes:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_one_worker_of_ray_train_gives_the_weights_of_this_process(
     run, sample_dir, tmp_path, ray_of_our_own
 ):
@@ -669,6 +670,7 @@ def two_workers(sample_dir, tmp_path_factory, ray_of_our_own) -> RunDirectory:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM, "worker killed"])
 def test_two_workers_end_as_if_nothing_had_happened(two_workers, sample_dir, tmp_path, what):
     import psutil
@@ -706,6 +708,7 @@ def test_two_workers_end_as_if_nothing_had_happened(two_workers, sample_dir, tmp
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_mistake_in_a_worker_is_told_as_it_was_made(sample_dir, tmp_path, ray_of_our_own):
     chosen = config(sample_dir, **{"compute.num_workers": 1})
 

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import root_scalar
 from scipy.special import expit
-from scipy.stats import rankdata
 
 from envs.cryoem.types import BoolArray, FloatArray, IntArray
 
@@ -77,7 +76,9 @@ def area_under_roc(is_low: ArrayLike, score: ArrayLike) -> float:
     num_low, num_high = int(y.sum()), int((~y).sum())
     if not num_low or not num_high:
         return float("nan")
-    rank_sum = rankdata(score)[y].sum()
+    _, group, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = np.cumsum(count) - (count - 1) / 2  # ties share the mean of theirs
+    rank_sum = rank[group][y].sum()
     return float((rank_sum - num_low * (num_low + 1) / 2) / (num_low * num_high))
 
 
