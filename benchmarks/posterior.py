@@ -31,8 +31,9 @@ def one_seed(seed: int, num_epochs: int) -> dict[str, float]:
     import torch
 
     from ssl2rl_ray.config import PerceptionRunConfig, load_config
+    from ssl2rl_ray.perception.cross_fit import Training, judge, model_of
     from ssl2rl_ray.perception.metrics import classifier_metrics
-    from ssl2rl_ray.perception.trainer import Training, judge, model_of, sample_of, truth_of
+    from ssl2rl_ray.perception.sample import sample_of, truth_of
 
     torch.set_num_threads(1)
 

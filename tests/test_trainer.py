@@ -26,18 +26,11 @@ from ssl2rl_ray.data.folder import read_dataset, write_dataset
 from ssl2rl_ray.data.splits import marks
 from ssl2rl_ray.data.text import DataError
 from ssl2rl_ray.perception.classifier import ClassifierError
+from ssl2rl_ray.perception.cross_fit import Training, judge, model_of
 from ssl2rl_ray.perception.model import Model, model_of_run
 from ssl2rl_ray.perception.predict import predict
-from ssl2rl_ray.perception.trainer import (
-    Training,
-    data_hashes,
-    judge,
-    model_of,
-    read_pseudo_labels,
-    sample_of,
-    split_of,
-    train_classifier,
-)
+from ssl2rl_ray.perception.sample import read_pseudo_labels, sample_of, split_of
+from ssl2rl_ray.perception.trainer import data_hashes, train_classifier
 from ssl2rl_ray.runs import RunDirectory
 
 torch.set_num_threads(1)
