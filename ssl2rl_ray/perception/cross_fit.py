@@ -237,7 +237,7 @@ class Training:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """``Training.state`` as a run saved it; raises ValueError where it is damaged."""
     try:
-        return torch.load(checkpoint / "state.pt", weights_only=True)
+        return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise ValueError(

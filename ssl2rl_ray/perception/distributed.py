@@ -30,6 +30,7 @@ _MAX_FAILURES = 2
 """Restarts of the workers, from the last state, after one of them died."""
 # What the same input would bring again: told at once, not tried again.
 _FATAL = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, OSError)
+_PASSING = (ConnectionError, TimeoutError)  # of the OSErrors: another worker died
 
 Report = Callable[[dict[str, Any] | None, dict[str, Any] | None], None]
 """``report(content, state)``: by every worker equally often; rank 0's count, None elsewhere."""
@@ -186,7 +187,7 @@ def last_state() -> dict[str, Any] | None:
     if (checkpoint := train.get_checkpoint()) is None:
         return None
     with checkpoint.as_directory() as folder:
-        return torch.load(Path(folder) / "state.pt", weights_only=True)
+        return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
 
 
 def _callback(path: str) -> Any:
@@ -202,7 +203,7 @@ def _callback(path: str) -> Any:
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
             for _, error in sorted(worker_exceptions.items()):
-                if isinstance(error, _FATAL):
+                if isinstance(error, _FATAL) and not isinstance(error, _PASSING):
                     raise error  # an error of the controller is not tried again
 
     return Callback()
