@@ -202,7 +202,8 @@ def test_errors_say_what_to_change():
 
 @pytest.mark.parametrize("feature_set", ["paper", "cryorl", "rates"])
 def test_a_step_at_6489_holes_takes_less_than_1500_bytes(feature_set):
-    preset = dataclasses.replace(PRESETS["aldolase"], totals=(40, 320, 6489))
+    shape = {"squares_per_grid": (1, 40), "patches_per_square": (1, 320)}
+    preset = dataclasses.replace(PRESETS["aldolase"], totals=(40, 320, 6489), **shape)
     table = draw_session(np.random.default_rng(0), preset)
     rules = NavigationConfig.preset("cryorl", feature_set=feature_set)
     observation, _ = CryoEMVectorEnv([table], rules, 4).reset(seed=0)
