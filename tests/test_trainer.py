@@ -27,6 +27,7 @@ from ssl2rl_ray.data.splits import marks
 from ssl2rl_ray.data.text import DataError
 from ssl2rl_ray.perception.classifier import ClassifierError
 from ssl2rl_ray.perception.cross_fit import Training, judge, model_of
+from ssl2rl_ray.perception.fit import Fit
 from ssl2rl_ray.perception.model import Model, model_of_run
 from ssl2rl_ray.perception.predict import predict
 from ssl2rl_ray.perception.sample import read_pseudo_labels, sample_of, split_of
@@ -495,6 +496,16 @@ def test_a_run_that_cannot_succeed_says_why(sample_dir, changes, message):
     with pytest.raises(ValueError, match=message):
         data_hashes(chosen)
         list(Training(chosen, sample_of(chosen)).epochs())
+
+
+def test_a_collapse_that_lasts_is_said_once(sample_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Fit, "is_collapsed", lambda self, row: self.epochs_done > 3)
+    changes = {"training.num_epochs": 20, "training.num_folds": 0}
+    chosen = config(sample_dir, **{**changes, "data.validation_labelled_fraction": 0})
+    run = trained(tmp_path / "run", chosen)
+    said = capsys.readouterr().err
+    assert said.count("collapse") == 1 and "now 13, nearly all holes" in said
+    assert run.summary is not None and run.summary["is_collapsed"]
 
 
 def test_a_mistake_in_the_data_leaves_no_run(sample_dir, tmp_path, capsys):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import math
 import shutil
 import sys
 import threading
@@ -193,8 +192,8 @@ def device_of(config: PerceptionRunConfig) -> torch.device:
     return torch.device("cuda" if has_gpu else "cpu")
 
 
-_EARLY_SHARE = 0.2
-"""Of the epochs: a healthy classifier may begin one-sided."""
+_COLLAPSED_EPOCHS = 10
+"""In a row, before it is said: a healthy classifier may begin one-sided."""
 _AGAINST_COLLAPSE = {
     "supervised": "more labels, or another training.learning_rate",
     "fixmatch": "lower training.unsupervised_weight, raise training.num_warmup_epochs, or set "
@@ -216,7 +215,7 @@ class _Log:
         self.run, self.num_epochs, self.progress = run, training.num_epochs, progress
         self.last_epoch = epochs_done = training.epochs_done
         self._method = config.training.method
-        self._warns_from: float = _EARLY_SHARE * training.fit.num_epochs
+        self._num_collapsed = 0
         self._started = time.perf_counter()
         self.board = TensorBoard(
             run.path / "tensorboard", first_step=epochs_done + 1 if epochs_done else 0
@@ -230,11 +229,11 @@ class _Log:
         self.run.log(row)
         self.board.log(row, row["epoch"])
         self.progress({**row, "num_epochs": self.num_epochs})
-        if row.get("is_collapsed") and row["epoch"] > self._warns_from:
-            self._warns_from = math.inf  # said once
+        self._num_collapsed = self._num_collapsed + 1 if row.get("is_collapsed") else 0
+        if self._num_collapsed == _COLLAPSED_EPOCHS:
             print(
-                f"warning: from epoch {row['epoch']} on nearly all holes are called one thing "
-                f"(collapse); {_AGAINST_COLLAPSE[self._method]}",
+                f"warning: for {_COLLAPSED_EPOCHS} epochs, now {row['epoch']}, nearly all holes "
+                f"are called one thing (collapse); {_AGAINST_COLLAPSE[self._method]}",
                 file=sys.stderr,
                 flush=True,
             )
