@@ -62,6 +62,24 @@ ARMS = (
 )
 
 
+WELL_TRAINED = {"learning_rate": 0.03}
+SEARCH = (
+    ARMS[0],
+    ARMS[4],
+    *(
+        Arm(f"FixMatch 5 %, lr 0.03, {what}", 0.05, 0.623, {**WELL_TRAINED, **changes})
+        for what, changes in (
+            ("tau 0.7", {"confidence_threshold": 0.7}),
+            ("aligned", {"is_aligned": True}),
+            ("100 epochs supervised first", {"num_warmup_epochs": 100}),
+            ("strong view only moved and cut", {"augmentation_strength": 0.0}),
+            ("weight 3", {"unsupervised_weight": 3.0}),
+        )
+    ),
+)
+"""Around the shipped recipe (FixMatch, lr 0.03, tau 0.8, weight 1), one change each."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One seed's data."""
@@ -207,17 +225,21 @@ def main() -> None:
     parser.add_argument("--preset", choices=("y3", "y3-mini"), default="y3-mini")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--only", choices=("anova", "supervised", "fixmatch"))
+    parser.add_argument("--only", choices=("anova", "supervised", "fixmatch", "search"))
     args = parser.parse_args()
     if args.only in (None, "anova"):
         anova(args.seeds, args.preset)
     if args.only != "anova":
-        arms = tuple(
-            arm
-            for arm in ARMS
-            if args.only is None
-            or (arm.changes.get("method") == "supervised") == (args.only == "supervised")
-            or (args.only == "fixmatch" and arm.labelled_fraction == 0.05)
+        arms = (
+            SEARCH
+            if args.only == "search"
+            else tuple(
+                arm
+                for arm in ARMS
+                if args.only is None
+                or (arm.changes.get("method") == "supervised") == (args.only == "supervised")
+                or (args.only == "fixmatch" and arm.labelled_fraction == 0.05)
+            )
         )
         accuracies(args.seeds, args.preset, arms, args.processes)
 
