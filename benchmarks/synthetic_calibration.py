@@ -72,7 +72,7 @@ SEARCH = (
             ("tau 0.7", {"confidence_threshold": 0.7}),
             ("aligned", {"is_aligned": True}),
             ("100 epochs supervised first", {"num_warmup_epochs": 100}),
-            ("strong view only moved and cut", {"augmentation_strength": 0.0}),
+            ("strong view only moved", {"augmentation_strength": 0.0}),
             ("weight 3", {"unsupervised_weight": 3.0}),
         )
     ),
