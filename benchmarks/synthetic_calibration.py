@@ -4,7 +4,7 @@
     python benchmarks/synthetic_calibration.py --seeds 5 --processes 4
 
 A seed is another data set, split by squares, choice of labels and network; intervals are 95 % over
-seeds. Classifiers: the CNN of 61,000 weights under the schedule of SSL²-RL, appendix B.2 (SGD,
+seeds. Classifiers: the CNN of 60,000 weights under the schedule of SSL²-RL, appendix B.2 (SGD,
 lr 0.01, 200 epochs of the labelled images); accuracies on the held-out squares, at the end of
 training (no best epoch is chosen). The paper's come from a ResNet-18 on images that are not public.
 """

@@ -456,6 +456,10 @@ def test_an_exported_model_can_be_tuned_without_folds(run, sample_dir, pseudo_la
         Training(other, sample_of(other))
     tuned = trained(tmp_path / "tuned", chosen)
     assert tuned.summary is not None and "posterior" not in tuned.summary
+    said = predict(tuned.path, sample_dir, tmp_path / "p.parquet")["notes"]
+    assert any("these holes: theirs are too sure" in note for note in said)
+    said = predict(run.path, sample_dir, tmp_path / "p.parquet")["notes"]
+    assert any("theirs are predictions of classifiers that did not" in note for note in said)
 
 
 def test_other_images_or_pseudo_labels_stop_a_resume(run, sample_dir, pseudo_labels, tmp_path):

@@ -1,6 +1,6 @@
 """The network that guesses from a hole's image whether its micrograph will be good.
 
-Two sizes: torchvision's ResNet-18 (the paper's), and a CNN of 61,000 weights that a CPU trains in
+Two sizes: torchvision's ResNet-18 (the paper's), and a CNN of 60,000 weights that a CPU trains in
 minutes. Shape letters: B batch, H and W pixels.
 
 model.safetensors   the weights
@@ -97,7 +97,7 @@ def make_classifier(network: NetworkName, image_size_px: int, dropout: float = 0
 def _cnn(dropout: float) -> nn.Module:
     """Four 3x3 convolutions, each but the last halving the image; its mean at the end.
 
-    Strides, not pooling: a quarter of the time, and no less accurate on synthetic holes.
+    Strides, not pooling, which takes four times as long.
     """
     layers: list[nn.Module] = []
     for num_in, num_out in zip((1, *_CHANNELS), _CHANNELS, strict=False):

@@ -77,10 +77,9 @@ def predict(
         _write_dataset(model, session, predicted, run, dataset, force)
     notes = []
     if num_seen := int(predicted.is_seen.sum()):
-        notes.append(
-            f"the classifier learned from {num_seen} of these holes: theirs are predictions of "
-            "classifiers that did not"
-        )
+        is_cross_fitted = model.posterior is not None
+        what = "are predictions of classifiers that did not" if is_cross_fitted else "are too sure"
+        notes.append(f"the classifier learned from {num_seen} of these holes: theirs {what}")
     if labels == "data" and predicted.is_known.any():
         notes.append("every label of the data tells about its neighbours; --labels run or none")
     if labels == "run" and not predicted.is_known.any():
