@@ -206,8 +206,11 @@ class PerceptionDataConfig:
 class ClassifierConfig:
     """The network that looks at a hole."""
 
-    network: Literal["resnet18", "cnn"] = "resnet18"
-    """``resnet18`` (SSL²-RL, appendix B.2), or a CNN of 60,000 weights for machines without GPU."""
+    network: Literal["resnet18", "cnn", "head"] = "resnet18"
+    """``resnet18`` (SSL²-RL, appendix B.2), or a CNN of 60,000 weights for machines without GPU.
+
+    ``head`` (kind ssl2rl): a logistic head on the predictions that a session without images brings.
+    """
     dropout: float = 0.5
     """Before the last layer (SSL²-RL, appendix B.2)."""
     initial: str | None = None
@@ -282,15 +285,182 @@ class PerceptionRunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
-RunConfig = NavigationRunConfig | PerceptionRunConfig
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row of SSL²-RL's tables: which f_0, which pseudo labels, which navigation."""
+
+    pretraining: Literal["as configured", "supervised", "fixmatch", "full"] = "as configured"
+    """f_0; ``full``: supervised by all labels of the training squares."""
+    rule: str | None = None
+    """Of ``loop.pseudo_labels.RULES``; ``none``: fine-tuned on the labelled holes only. None: f_0
+    is all there is."""
+    duration_min: float | None = None
+    """Budget of the sessions on which its RL is trained; None: ``env.budget_min``."""
+    navigator: str | None = None
+    """A planner whatever ``loop.navigator`` says."""
+    is_posterior_seen: bool = False
+    """Its policy sees the hierarchical posterior's probabilities, not the classifier's alone."""
+    is_rl_labelled_only: bool = False
+    """RL is trained on the labelled holes only, on their true rewards."""
+    is_movement_free: bool = False
+    """Every move costs and earns what one within the patch does, in RL's training."""
+
+
+METHODS: dict[str, Method] = {
+    # SSL²-RL, tables 1 and 2
+    "supervised": Method(pretraining="supervised"),
+    "fixmatch": Method(pretraining="fixmatch"),
+    "iterative-fixmatch": Method(rule="self"),
+    "ssl2rl-120": Method(rule="visit-order", duration_min=120.0),
+    "ssl2rl-480": Method(rule="visit-order", duration_min=480.0),
+    "full-labels": Method(pretraining="full"),
+    # controls: what else might explain a gain
+    "labelled-only": Method(rule="none"),
+    "ranking": Method(rule="ranking"),
+    "planner": Method(rule="visit-order", navigator="lagrange"),
+    "true-labels": Method(rule="truth"),
+    # ours, beyond the paper
+    "smooth": Method(rule="smooth"),
+    "posterior": Method(rule="posterior", is_posterior_seen=True),
+    "q-values": Method(rule="q-values"),
+    # ablations, SSL²-RL, appendix C.4
+    "labelled-rl": Method(rule="visit-order", is_rl_labelled_only=True),
+    "no-movement-cost": Method(rule="visit-order", is_movement_free=True),
+}
+"""By the names that ``loop.methods`` knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """SSL²-RL's loop (Algorithm 1) and what it is compared with."""
+
+    methods: tuple[str, ...] = ("fixmatch", "iterative-fixmatch", "ssl2rl-480")
+    """Side by side on the same data from the same f_0, see ``config.METHODS``."""
+    num_rounds: int = 10
+    """Rounds after f_0 (SSL²-RL, section 4)."""
+    selection_share: float = 0.4
+    """Of the validation squares' holes, in whole squares: rounds are chosen by them.
+
+    The others are the test set: nothing is chosen by it, and reports quote it.
+    """
+    selection: Literal["reward", "accuracy"] = "reward"
+    """Which of the two criteria names the round that the run recommends; both are reported."""
+    positive_cutoff: float | None = None
+    """N_C: share of the unlabelled holes that is labelled low-CTF. None: that of the labelled."""
+    num_rollouts: int = 5
+    """M: visit orders of all holes, from random starts."""
+    exploration: float = 0.1
+    """How far roll-outs stray from the policy, so that their agreement means something."""
+    navigator: Literal["algorithm", "lagrange", "rate-index"] = "algorithm"
+    """Who navigates: RL, trained in every round, or a planner."""
+    durations_min: tuple[float, ...] = (120.0, 480.0)
+    """Minutes of the sessions on which policies are evaluated."""
+    num_starts: int = 20
+    """Starts of each such session; the same for all methods and rounds."""
+    max_fall: float = 0.03
+    """The loop of a method ends where its accuracy on the selection squares is this much below its
+    best for two rounds, or where its labels are nearly all of one kind."""
+    pretraining_steps: int | None = None
+    """Steps of f_0 whatever the number of labels, instead of ``pretraining.num_epochs``."""
+    finetuning_steps: int | None = None
+    """Steps of a round, instead of ``finetuning.num_epochs``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningConfig(PerceptionTrainingConfig):
+    """Fine-tuning on labels and pseudo labels, the last stage of a round."""
+
+    method: Literal["supervised", "fixmatch", "finetuning"] = "finetuning"
+    num_folds: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSL2RLRunConfig:
+    """``kind: ssl2rl``: classifier and policy improve each other, round after round."""
+
+    kind: Literal["ssl2rl"] = "ssl2rl"
+    seed: int = 0
+    data: PerceptionDataConfig = field(default_factory=PerceptionDataConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    pretraining: PerceptionTrainingConfig = field(default_factory=PerceptionTrainingConfig)
+    finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    algorithm: DQNConfig = field(default_factory=DQNConfig)
+    rl: TrainingConfig = field(default_factory=TrainingConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def pretraining_run(self, method: str = "") -> PerceptionRunConfig:
+        """f_0's run: as configured, or ``supervised``, ``fixmatch``, or ``full`` (all labels)."""
+        training, data = self.pretraining, self.data
+        if method in ("supervised", "full"):
+            kept = {name: getattr(training, name) for name in _OF_EVERY_STAGE}
+            training = PerceptionTrainingConfig(method="supervised", **kept)
+        elif method == "fixmatch":
+            training = dataclasses.replace(training, method="fixmatch")
+        if method == "full":
+            data = dataclasses.replace(data, labelled_fraction=1.0)
+        return PerceptionRunConfig(
+            seed=self.seed,
+            data=data,
+            classifier=self.classifier,
+            training=training,
+            compute=self.compute,
+        )
+
+    def finetuning_run(self, initial: str, pseudo_labels: str | None = None) -> PerceptionRunConfig:
+        """A round's run; without pseudo labels, as many steps on the labelled holes only."""
+        training: PerceptionTrainingConfig = self.finetuning
+        rate = training.learning_rate or 0.001
+        if pseudo_labels is None:
+            kept = {name: getattr(training, name) for name in _OF_EVERY_STAGE}
+            kept |= {"learning_rate": rate, "num_epochs": training.num_epochs or 40}
+            training = PerceptionTrainingConfig(method="supervised", **kept)
+        else:
+            values = {f.name: getattr(training, f.name) for f in dataclasses.fields(training)}
+            training = PerceptionTrainingConfig(**values | {"pseudo_labels": pseudo_labels})
+        return PerceptionRunConfig(
+            seed=self.seed,
+            # labels known in validation squares are the posterior's, which a round does not fit
+            data=dataclasses.replace(self.data, validation_labelled_fraction=0.0),
+            classifier=dataclasses.replace(self.classifier, initial=initial),
+            training=training,
+            compute=self.compute,
+        )
+
+    def navigation_run(self, session: str, env: EnvConfig) -> NavigationRunConfig:
+        """The policy's run of a round, on a dataset folder."""
+        return NavigationRunConfig(
+            seed=self.seed,
+            data=DataConfig(train=(session,), calibration=session),
+            sessions=SessionsConfig(real=1.0, synthetic=0.0),
+            env=env,
+            algorithm=self.algorithm,
+            training=self.rl,
+        )
+
+
+_OF_EVERY_STAGE = (
+    "num_epochs",
+    "batch_size",
+    "learning_rate",
+    "momentum",
+    "weight_decay",
+    "ema_decay",
+    "num_folds",
+    "evaluation_interval_epochs",
+)
+
+RunConfig = NavigationRunConfig | PerceptionRunConfig | SSL2RLRunConfig
 KINDS: dict[str, type[RunConfig]] = {
     "navigation": NavigationRunConfig,
     "perception": PerceptionRunConfig,
+    "ssl2rl": SSL2RLRunConfig,
 }
 """The class of each ``kind``."""
 SYNTHETIC_THRESHOLD_A = 6.0
 """Å; what synthetic sessions, and the calibrations that an import stores, call low-CTF."""
-_COMING = ("ssl2rl", "crystfel")
+_COMING = ("crystfel",)
 _MAX_BYTES = 2**20
 
 
@@ -576,10 +746,64 @@ def _show(value: Any) -> str:
 def _problems(config: RunConfig) -> Iterator[str]:
     """Everything that is out of range or contradicts something else."""
     yield from _out_of_range(config)
-    if isinstance(config, PerceptionRunConfig):
+    if isinstance(config, SSL2RLRunConfig):
+        yield from _ssl2rl_problems(config)
+    elif isinstance(config, PerceptionRunConfig):
         yield from _perception_problems(config)
     else:
         yield from _navigation_problems(config)
+
+
+def _ssl2rl_problems(config: SSL2RLRunConfig) -> Iterator[str]:
+    """Those of its stages, by the names of this kind, and of the loop's own section."""
+    loop, network = config.loop, config.classifier.network
+    begun = dataclasses.replace(
+        config,
+        classifier=dataclasses.replace(
+            config.classifier, initial=None, network="cnn" if network == "head" else network
+        ),
+    )
+    found: dict[str, None] = {}  # one problem may be that of several stages
+    for stage, name in (
+        (begun.pretraining_run(), "pretraining"),
+        (begun.finetuning_run("run", "labels"), "finetuning"),
+        (begun.navigation_run("session", config.env), "rl"),
+    ):
+        found |= dict.fromkeys(p.replace("training.", f"{name}.") for p in _problems(stage))
+    yield from (problem for problem in found if not problem.startswith("seed:"))
+    if network == "head" and config.data.dataset is None:
+        yield "classifier.network: head is for the predictions of a data.dataset without images"
+    if config.classifier.initial is not None:
+        yield "classifier.initial: the loop makes its own f_0; it is of kind perception"
+    if config.pretraining.method == "finetuning":
+        yield "pretraining.method: expected supervised or fixmatch, found finetuning"
+    if config.finetuning.method != "finetuning":
+        yield f"finetuning.method: expected finetuning, found {config.finetuning.method}"
+    for stage in ("pretraining", "finetuning"):
+        if getattr(config, stage).pseudo_labels is not None:
+            yield f"{stage}.pseudo_labels: the loop makes its own"
+    if config.finetuning.num_folds:
+        yield "finetuning.num_folds: folds are of f_0 only; set pretraining.num_folds"
+    for stage, steps in (
+        ("pretraining", loop.pretraining_steps),
+        ("finetuning", loop.finetuning_steps),
+    ):
+        if steps is not None and getattr(config, stage).num_epochs is not None:
+            yield f"{stage}.num_epochs: loop.{stage}_steps says otherwise; drop one"
+    if unknown := [name for name in loop.methods if name not in METHODS]:
+        near = difflib.get_close_matches(unknown[0], METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {_words(METHODS)}"
+        yield f"loop.methods: {unknown[0]!r} unknown; {hint}"
+    if not loop.methods or len(set(loop.methods)) < len(loop.methods):
+        yield "loop.methods: name one or more, each once"
+    if not loop.durations_min or len(set(loop.durations_min)) < len(loop.durations_min):
+        yield "loop.durations_min: name one or more, each once"
+    for name in ("selection_share", "positive_cutoff"):
+        value = getattr(loop, name)
+        if value is not None and not 0 < value < 1:
+            yield f"loop.{name}: must be between 0 and 1, found {value}"
+    if config.data.labelled_fraction == 1 and set(loop.methods) - {"supervised", "full-labels"}:
+        yield "data.labelled_fraction: 1 leaves nothing to label for the methods of the loop"
 
 
 def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
@@ -659,6 +883,8 @@ def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
 
 def _perception_problems(config: PerceptionRunConfig) -> Iterator[str]:
     data, training, compute = config.data, config.training, config.compute
+    if config.classifier.network == "head":
+        yield "classifier.network: head is of kind ssl2rl only"
     if data.preset not in PRESETS:
         yield f"data.preset: expected one of {_words(PRESETS)}, found {data.preset!r}"
     if not data.validation_share < 1:
@@ -759,6 +985,16 @@ _ABOVE_ZERO: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "compute": ("num_torch_threads",),
     },
+    "ssl2rl": {
+        "loop": (
+            "num_rollouts",
+            "durations_min",
+            "num_starts",
+            "max_fall",
+            "pretraining_steps",
+            "finetuning_steps",
+        ),
+    },
 }
 _ZERO_OR_MORE: dict[str, dict[str, tuple[str, ...]]] = {
     "navigation": {
@@ -788,6 +1024,7 @@ _ZERO_OR_MORE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "compute": ("num_workers",),
     },
+    "ssl2rl": {"loop": ("num_rounds", "exploration")},
 }
 _AT_MOST_ONE: dict[str, dict[str, tuple[str, ...]]] = {
     "navigation": {
@@ -804,6 +1041,7 @@ _AT_MOST_ONE: dict[str, dict[str, tuple[str, ...]]] = {
     "perception": {
         "data": ("labelled_fraction", "validation_labelled_fraction"),
     },
+    "ssl2rl": {},
 }
 
 
@@ -821,7 +1059,7 @@ def _out_of_range(config: RunConfig) -> Iterator[str]:
                     yield f"{section}.{name}: must be {rule}, found {_plain(value)}"
     if not 0 <= config.seed < 2**32:
         yield f"seed: must be 0 or more and below 2**32, found {config.seed}"
-    if isinstance(config, PerceptionRunConfig):
+    if not isinstance(config, NavigationRunConfig):
         return
     if not config.algorithm.hidden_sizes:
         yield "algorithm.hidden_sizes: expected at least one layer"
@@ -866,7 +1104,9 @@ def _docs() -> dict[str, dict[str, str]]:
     for node in ast.parse(inspect.getsource(sys.modules[__name__])).body:
         if not isinstance(node, ast.ClassDef):
             continue
-        docs[node.name] = {"": ast.get_docstring(node) or ""}
+        bases = (docs.get(base.id, {}) for base in node.bases if isinstance(base, ast.Name))
+        docs[node.name] = {k: v for base in bases for k, v in base.items()}
+        docs[node.name][""] = ast.get_docstring(node) or ""
         for name, below in zip(node.body, node.body[1:], strict=False):
             match (name, below):
                 case (

@@ -131,7 +131,7 @@ def test_navigation_config_is_the_preset_with_changes() -> None:
             ["env.minutes: expected a list of 4 (a finite number each) or null, found a list"],
         ),
         ("env: {preset: cryrl}", ["env.preset: expected one of paper, cryorl, leginon-2021"]),
-        ("kind: ssl2rl", ["kind: 'ssl2rl' is not in this version"]),
+        ("kind: crystfel", ["kind: 'crystfel' is not in this version"]),
         ("kind: crystfel", ["kind: 'crystfel' is not in this version"]),
         ("kind: [1]", ["kind: expected navigation, perception, found a list [1]"]),
         ("algorithm: {name: ppo}", ["algorithm.name: expected one of dqn, found text 'ppo'"]),

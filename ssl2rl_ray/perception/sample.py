@@ -47,28 +47,31 @@ class Split:
     """In validation squares, with a label that the posterior may use."""
 
 
-@functools.lru_cache(maxsize=2)
 def sample_of(config: PerceptionRunConfig) -> Sample:
     """The dataset of the config, or its synthetic sample.
 
     Raises:
         DataError: no such dataset, or one without images or labels.
     """
-    data = config.data
-    if data.dataset is None:
-        rng = np.random.default_rng([config.seed, _SAMPLE])
-        table = draw_session(rng, data.preset)
-        images = draw_images(rng, table, data.preset)
+    return _sample(config.data.dataset, config.data.preset, config.seed)
+
+
+@functools.lru_cache(maxsize=2)
+def _sample(path: str | None, preset: str, seed: int) -> Sample:
+    if path is None:
+        rng = np.random.default_rng([seed, _SAMPLE])
+        table = draw_session(rng, preset)
+        images = draw_images(rng, table, preset)
         return Sample(table=table, images=images, has_image=np.ones(len(table), bool))
-    dataset = read_dataset(data.dataset)
+    dataset = read_dataset(path)
     images, has_image = dataset.images, dataset.has_image
     if images is None or has_image is None or not has_image.any():
         raise DataError(
-            f"{data.dataset} has no images to learn from: import it with --images DIR, or a "
+            f"{path} has no images to learn from: import it with --images DIR, or a "
             "synthetic preset such as y3-mini"
         )
     if not (has_image & dataset.table.is_labelled).any():
-        raise DataError(f"{data.dataset} has no labelled hole with an image: nothing to learn from")
+        raise DataError(f"{path} has no labelled hole with an image: nothing to learn from")
     return Sample(table=dataset.table, images=images, has_image=has_image)
 
 
