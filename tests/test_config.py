@@ -132,8 +132,7 @@ def test_navigation_config_is_the_preset_with_changes() -> None:
         ),
         ("env: {preset: cryrl}", ["env.preset: expected one of paper, cryorl, leginon-2021"]),
         ("kind: crystfel", ["kind: 'crystfel' is not in this version"]),
-        ("kind: crystfel", ["kind: 'crystfel' is not in this version"]),
-        ("kind: [1]", ["kind: expected navigation, perception, found a list [1]"]),
+        ("kind: [1]", ["kind: expected navigation, perception, ssl2rl, found a list [1]"]),
         ("algorithm: {name: ppo}", ["algorithm.name: expected one of dqn, found text 'ppo'"]),
         (
             "seed: x\nenv: {budget: 1}\nzzzzzz: 1",
