@@ -487,9 +487,9 @@ def load_config(
             name), values of another type or out of range: all of them at once.
     """
     source = "config" if path is None else os.fspath(path)
-    values = {} if path is None else _read_yaml(source)
+    values = {} if path is None else read_yaml(source)
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return from_dict(values, source)
 
 
@@ -503,7 +503,7 @@ def from_dict(values: dict[str, Any], source: str = "config") -> RunConfig:
     if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError([f"kind: expected {_words(KINDS)}, found {_show(kind)}"], source)
     problems: list[str] = []
-    config = _build(KINDS[kind], values, "", problems)
+    config = build(KINDS[kind], values, "", problems)
     if not problems:
         problems += _problems(config)
     if problems:
@@ -595,7 +595,8 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """Plain values of strict YAML; raises ConfigError."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -607,7 +608,8 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError([f"not valid YAML: {error}"], source) from error
 
 
-def _read_yaml(source: str) -> dict[str, Any]:
+def read_yaml(source: str) -> dict[str, Any]:
+    """The section that a YAML file holds, as plain values; raises ConfigError."""
     try:
         with Path(source).open("rb") as stream:
             data = stream.read(_MAX_BYTES + 1)
@@ -619,7 +621,7 @@ def _read_yaml(source: str) -> dict[str, Any]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError([f"not UTF-8 text (byte {error.start})"], source) from error
-    values = _parse_yaml(text, source)
+    values = parse_yaml(text, source)
     if values is None:  # an empty file, or only comments
         return {}
     if not isinstance(values, dict):
@@ -627,8 +629,8 @@ def _read_yaml(source: str) -> dict[str, Any]:
     return values
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Sets ``a.b=value`` in nested plain values."""
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets ``a.b=value`` in nested plain values; raises ConfigError."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -639,7 +641,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values[key], dict):
             raise ConfigError([f"--set {override!r}: {'.'.join(keys[:depth])} is not a section"])
         values = values[key]
-    values[keys[-1]] = _parse_yaml(text, f"--set {override!r}")
+    values[keys[-1]] = parse_yaml(text, f"--set {override!r}")
 
 
 # ---------------------------------------------------------------- plain values -> dataclass
@@ -649,7 +651,7 @@ class _WrongType(Exception):  # noqa: N818  (becomes a line of a ConfigError)
     """What was expected."""
 
 
-def _build(cls: type[Any], values: Any, path: str, problems: list[str]) -> Any:
+def build(cls: type[Any], values: Any, path: str, problems: list[str]) -> Any:
     """An instance of a dataclass, or None after adding to ``problems``."""
     if not isinstance(values, dict):
         problems.append(
@@ -665,7 +667,7 @@ def _build(cls: type[Any], values: Any, path: str, problems: list[str]) -> Any:
             problems.append(f"{_REPR.repr(where)[1:-1]}: unknown key; {hint}")
         elif dataclasses.is_dataclass(hints[key]):
             # `env:` with everything below it commented out is an empty section
-            found[key] = _build(hints[key], {} if value is None else value, where, problems)
+            found[key] = build(hints[key], {} if value is None else value, where, problems)
         else:
             try:
                 found[key] = _convert(hints[key], value)
