@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from envs.cryoem.stack import SessionStack
-from envs.cryoem.types import IntArray, NavigationConfig
+from envs.cryoem.types import FloatArray, IntArray, NavigationConfig
 from ssl2rl_ray.algorithms.expander import Expanded, Expander
 from ssl2rl_ray.algorithms.losses import take
 
@@ -93,9 +93,12 @@ class CandidateNetwork(nn.Module):
             q = self.value(pooled) + q - (part * q).sum(dim=1, keepdim=True)
         return q.masked_fill(~is_allowed, -torch.inf)
 
-    def preference(self, observation: Observation) -> Tensor:
-        """(B, C) action values, that of the planner's own move (B,) raised by the margin."""
-        q = self.score(observation)
+    def preference(self, observation: Observation, q: Tensor | None = None) -> Tensor:
+        """(B, C) action values, that of the planner's own move (B,) raised by the margin.
+
+        ``q`` saves computing the values again.
+        """
+        q = self.score(observation) if q is None else q
         if self.prior_column is None or self.margin == 0:
             return q
         is_allowed = observation["action_mask"].bool()
@@ -166,9 +169,9 @@ class HoleNetwork(nn.Module):
         ).view(batch, -1)
         return q.gather(1, table("hole_cell", session)).masked_fill(~is_allowed, -torch.inf)
 
-    def preference(self, expanded: Expanded) -> Tensor:
-        """The action values."""
-        return self.score(expanded)
+    def preference(self, expanded: Expanded, q: Tensor | None = None) -> Tensor:
+        """The action values; ``q`` saves computing them again."""
+        return self.score(expanded) if q is None else q
 
     def taken(self, observation: Observation, action: Tensor) -> Tensor:
         """(B,) values of holes or patches (B,) int64; only their rows are computed."""
@@ -209,11 +212,21 @@ class HoleNetwork(nn.Module):
 QNetwork = CandidateNetwork | HoleNetwork
 
 
-@torch.no_grad()
 def choose(network: Any, observation: Mapping[str, np.ndarray]) -> IntArray:
     """(E,) the action that a network prefers in each of E episodes, from arrays (E, ...)."""
+    return choose_and_value(network, observation)[0]
+
+
+@torch.no_grad()
+def choose_and_value(
+    network: Any, observation: Mapping[str, np.ndarray]
+) -> tuple[IntArray, FloatArray]:
+    """``choose``, and (E,) float32 the values of those actions, in one forward pass."""
     tensors = {key: torch.as_tensor(value) for key, value in observation.items()}
-    return network.preference(network.expand(tensors)).argmax(dim=1).numpy()
+    expanded = network.expand(tensors)
+    q = network.score(expanded)
+    action = network.preference(expanded, q).argmax(dim=1)
+    return action.numpy(), take(q, action).numpy()
 
 
 def make_network(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from envs.cryoem.calibration import Calibration
 from envs.cryoem.stack import Observation, SessionStack, unpack_visited
-from envs.cryoem.types import FeatureSet, IntArray, NavigationConfig
-from ssl2rl_ray.algorithms.networks import HoleNetwork, choose, make_network
+from envs.cryoem.types import FeatureSet, FloatArray, IntArray, NavigationConfig
+from ssl2rl_ray.algorithms.networks import HoleNetwork, choose_and_value, make_network
 
 FORMAT = "ssl2rl-policy"
 FORMAT_VERSION = 1
@@ -167,8 +167,14 @@ class TorchPolicy:
 
     def act(self, observation: Observation, rng: np.random.Generator) -> IntArray:
         """(E,) the hole of the highest value; raises ValueError where ``recent`` is too short."""
+        return self.decide(observation, rng)[0]
+
+    def decide(
+        self, observation: Observation, rng: np.random.Generator
+    ) -> tuple[IntArray, FloatArray]:
+        """``act``, and (E,) float32 the action value of that move, in one forward pass."""
         if self.rules.feature_set == "rates":
-            return self._act_on_candidates(observation)
+            return self._decide_on_candidates(observation)
         num_needed = self.rules.num_past_steps
         if observation["recent"].shape[1] < num_needed:
             raise ValueError(
@@ -176,16 +182,16 @@ class TorchPolicy:
                 f"{observation['recent'].shape[1]}: play with num_past_steps {num_needed}"
             )
         observation = {**observation, "recent": observation["recent"][:, :num_needed]}
-        action = choose(self.network, observation)
+        action, value = choose_and_value(self.network, observation)
         if self.rules.action_level == "hole":
-            return action
+            return action, value
         session = observation["session"][:, 0]
         slots = self.stack.slot_hole[session, action]  # (E, K), best prediction first
         visited = unpack_visited(observation, self.stack.shape.num_holes)
         is_open = (slots >= 0) & ~np.take_along_axis(visited, np.maximum(slots, 0), 1)
-        return slots[np.arange(len(slots)), is_open.argmax(1)]
+        return slots[np.arange(len(slots)), is_open.argmax(1)], value
 
-    def _act_on_candidates(self, observation: Observation) -> IntArray:
+    def _decide_on_candidates(self, observation: Observation) -> tuple[IntArray, FloatArray]:
         from envs.cryoem.rates import candidate_rows
 
         session = observation["session"][:, 0]
@@ -199,5 +205,5 @@ class TorchPolicy:
             self.rules,
             self.effects,
         )
-        action = choose(self.network, {"rows": rows, "action_mask": mask})
-        return hole[np.arange(len(hole)), action]
+        action, value = choose_and_value(self.network, {"rows": rows, "action_mask": mask})
+        return hole[np.arange(len(hole)), action], value

@@ -1,0 +1,1 @@
+"""Algorithm 1 of SSL²-RL: perception and navigation improve each other."""
