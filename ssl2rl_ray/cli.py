@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,50 +104,47 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ssl2rl_ray.config import PerceptionRunConfig, load_config
-    from ssl2rl_ray.runs import RunDirectory
+    from ssl2rl_ray.config import load_config
+    from ssl2rl_ray.launch import run_config
 
     overrides = args.set if args.seed is None else [*args.set, f"seed={args.seed}"]
     config = load_config(args.config, overrides)
     if args.resume and not args.run_dir:
         raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
-    if isinstance(config, PerceptionRunConfig):
-        from ssl2rl_ray.perception.trainer import data_hashes
-
-        hashes, train = data_hashes(config), _train_classifier
-    else:
-        from ssl2rl_ray.train import data_hashes
-
-        hashes, train = data_hashes(config), _train_policy
-    # only now the folder is made: a mistake in the data leaves none
     folder = Path(args.run_dir or _new_run_dir(args.config))
     argv = ["ssl2rl", *args.argv]
-    start = RunDirectory.resume if args.resume else RunDirectory.create
-    with start(folder, config, argv=argv, data_hashes=hashes) as run:
-        again = [a for a in argv if a != "--resume"] + (
-            [] if args.run_dir else ["--run-dir", folder]
-        )
-        args.resume_hint = shlex.join([*map(str, again), "--resume"])
+    bar, text = _RUN_WORDS[config.kind]
+    try:
         with _Progress() as progress:
-            summary, text = train(config, run, progress)
-    _emit(args.json, summary, text)
+            summary = run_config(
+                config,
+                folder,
+                resume=args.resume,
+                argv=argv,
+                progress=bar(config, progress) if progress.is_terminal else None,
+            )
+    except KeyboardInterrupt:
+        if (folder / "manifest.json").exists():
+            again = [a for a in argv if a != "--resume"]
+            again += [] if args.run_dir else ["--run-dir", str(folder)]
+            args.resume_hint = shlex.join([*again, "--resume"])
+        raise
+    _emit(args.json, summary, text(folder.resolve(), summary))
 
 
-def _train_policy(config: Any, run: Any, progress: _Progress) -> tuple[dict[str, Any], str]:
-    from ssl2rl_ray.train import train
-
+def _policy_bar(config: Any, progress: _Progress) -> Callable[[dict[str, Any]], None]:
     def bar(row: dict[str, Any]) -> None:
         found = f"training (validation {row['validation/episode_return']:.1f})"
         progress("training", row["num_env_steps"] / config.training.num_env_steps, found)
 
-    summary = train(config, run, progress=bar if progress.is_terminal else None)
-    _leave_map(run.path, config, summary["num_env_steps"])
-    return summary, f"{run.path}: done; `ssl2rl evaluate {run.path} --data DIR` plays it"
+    return bar
 
 
-def _train_classifier(config: Any, run: Any, progress: _Progress) -> tuple[dict[str, Any], str]:
-    from ssl2rl_ray.perception.trainer import train_classifier
+def _policy_text(folder: Path, summary: dict[str, Any]) -> str:
+    return f"{folder}: done; `ssl2rl evaluate {folder} --data DIR` plays it"
 
+
+def _classifier_bar(config: Any, progress: _Progress) -> Callable[[dict[str, Any]], None]:
     found = ""
 
     def bar(row: dict[str, Any]) -> None:
@@ -156,7 +153,10 @@ def _train_classifier(config: Any, run: Any, progress: _Progress) -> tuple[dict[
             found = f" (validation accuracy {row['validation/accuracy']:.3f})"
         progress("training", row["epoch"] / row["num_epochs"], f"training {row['fit']}{found}")
 
-    summary = train_classifier(config, run, progress=bar if progress.is_terminal else None)
+    return bar
+
+
+def _classifier_text(folder: Path, summary: dict[str, Any]) -> str:
     lines = [
         f"{summary['num_labelled']} labelled and {summary['num_unlabelled']} unlabelled holes, "
         f"judged on {summary['num_validation']} of other squares:",
@@ -168,11 +168,16 @@ def _train_classifier(config: Any, run: Any, progress: _Progress) -> tuple[dict[
             lines.append(f"{what:<34}{accuracy:>8} {auc:>6} {ece:>6}")
     if summary["is_collapsed"]:
         lines.append("warning: the classifier calls nearly all holes one thing (collapse)")
-    use = f"ssl2rl predict {run.path} --data DIR --out p_low_ctf.parquet"
-    lines.append(f"{run.path}: done; `{use}` uses it")
-    return summary, "\n".join(lines)
+    use = f"ssl2rl predict {folder} --data DIR --out p_low_ctf.parquet"
+    lines.append(f"{folder}: done; `{use}` uses it")
+    return "\n".join(lines)
 
 
+_RUN_WORDS: dict[str, tuple[Callable[..., Any], Callable[[Path, dict[str, Any]], str]]] = {
+    "navigation": (_policy_bar, _policy_text),
+    "perception": (_classifier_bar, _classifier_text),
+}
+"""Of each kind of run: its bar on a terminal, and what is said at its end."""
 _JUDGED = {
     "classifier": "classifier",
     "calibrated": "classifier, by temperature",
@@ -183,27 +188,6 @@ _JUDGED = {
 
 def _figure(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
-
-
-def _leave_map(folder: Path, config: Any, num_env_steps: int) -> None:
-    """The trained policy's tour among the run's TensorBoard events."""
-    import numpy as np
-
-    from envs.cryoem.synthetic import draw_session
-    from ssl2rl_ray.config import navigation_config
-    from ssl2rl_ray.data.folder import read_dataset
-    from ssl2rl_ray.evaluate import contestant, draw_tour
-    from ssl2rl_ray.tensorboard import TensorBoard
-
-    real = [*config.data.validation, *config.data.train]
-    table = (
-        read_dataset(real[0]).table
-        if real
-        else draw_session(np.random.default_rng(0), config.sessions.preset)
-    )
-    image = draw_tour(contestant(str(folder)), table, navigation_config(config.env))
-    with TensorBoard(folder / "tensorboard") as board:
-        board.image("map", image, num_env_steps)
 
 
 def _new_run_dir(config: str) -> Path:

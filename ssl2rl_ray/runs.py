@@ -8,6 +8,8 @@
     model/            the classifier and all that predicting needs (kind perception)
     calibration.json  what turns predictions of any session into probabilities for this policy
     summary.json      the results that a report quotes
+    sample.json, f0/, methods/NAME/round-NN/   (kind ssl2rl) the data in numbers; a run of kind
+                      perception or navigation for each stage; round.json once a round is complete
 
 Files other than ``metrics.jsonl`` appear whole or not at all: written under a temporary name,
 synced, renamed. No torch and no Ray: what is in a checkpoint is its writer's business.
@@ -27,6 +29,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -412,6 +415,16 @@ class RunDirectory:
         """None = the run has not come that far."""
         return self._read_json("summary.json")
 
+    def write_record(self, name: str, record: Mapping[str, Any]) -> None:
+        """Puts plain values into ``name``, such as ``methods/fixmatch/round-00/round.json``."""
+        self._check_writer()
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        self._write_json(name, record)
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What ``write_record`` put there; None = nothing yet."""
+        return self._read_json(name)
+
     # ------------------------------------------------------------ files
 
     def _check_writer(self) -> None:
@@ -597,9 +610,25 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {old!r}, now {new!r}"
 
 
+_STOPS: ContextVar[threading.Event | None] = ContextVar("_STOPS", default=None)
+
+
+@contextlib.contextmanager
+def stopped_by(event: threading.Event) -> Iterator[None]:
+    """``on_interrupt`` within yields this event: for a thread that signals do not reach."""
+    token = _STOPS.set(event)
+    try:
+        yield
+    finally:
+        _STOPS.reset(token)
+
+
 @contextlib.contextmanager
 def on_interrupt() -> Iterator[threading.Event]:
     """The first Ctrl-C or SIGTERM (of a batch system) lets the step end; the second interrupts."""
+    if (given := _STOPS.get()) is not None:
+        yield given
+        return
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
