@@ -105,8 +105,8 @@ class RunDirectory:
             raise RunError(
                 f"{folder} is not empty ({found[0]!r}) and not a run: choose another --run-dir"
             )
-        run = cls(folder, _acquire_lock(folder))
-        _write_text(folder / "config.yaml", to_yaml(config))
+        run = cls(folder, acquire_lock(folder))
+        write_text(folder / "config.yaml", to_yaml(config))
         run._write_manifest(
             {
                 "format": FORMAT,
@@ -137,10 +137,10 @@ class RunDirectory:
                 another process is writing to it.
         """
         run = cls.open(path)
-        if differences := list(_differences(to_dict(run.config), to_dict(config))):
+        if changes := list(differences(to_dict(run.config), to_dict(config))):
             raise RunError(
                 f"{run.path} was begun with another config:\n  "
-                + "\n  ".join(differences)
+                + "\n  ".join(changes)
                 + "\nresume with its own config.yaml, or start another --run-dir"
             )
         begun_on = run.manifest["data_hashes"]  # empty: without data, or not noted
@@ -149,7 +149,7 @@ class RunDirectory:
                 f"{run.path} was begun on other data: {begun_on}, now {dict(data_hashes)}: "
                 "start another --run-dir"
             )
-        run._lock = _acquire_lock(run.path)
+        run._lock = acquire_lock(run.path)
         run._mend_metrics()
         run._remove_leftovers()
         manifest = run.manifest  # again: until the lock was ours, another writer may have ended
@@ -432,7 +432,7 @@ class RunDirectory:
             raise RunError(f"{self.path} is open for reading: use RunDirectory.create or resume")
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        _write_text(self.path / name, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+        write_text(self.path / name, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         try:
@@ -479,7 +479,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
     try:
@@ -519,8 +519,8 @@ def _best(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
     return max(rated, key=lambda entry: entry["value"], default=None)
 
 
-def _acquire_lock(folder: Path) -> int:
-    """Holds the run's lock until the descriptor is closed or the process ends."""
+def acquire_lock(folder: Path) -> int:
+    """Holds the folder's lock until the descriptor is closed or the process ends; or RunError."""
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if fcntl is not None:
@@ -528,7 +528,7 @@ def _acquire_lock(folder: Path) -> int:
     except OSError:
         os.close(descriptor)
         raise RunError(
-            f"another process is writing to {folder}: wait for it, or choose another --run-dir"
+            f"another process is writing to {folder}: wait for it, or choose another folder"
         ) from None
     return descriptor
 
@@ -600,12 +600,12 @@ def _git_revision(root: Path) -> str | None:
     return None
 
 
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
     """``a.b: old, now new`` for each leaf of nested plain values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in {**old, **new}:
             below = f"{path}.{name}" if path else name
-            yield from _differences(old.get(name), new.get(name), below)
+            yield from differences(old.get(name), new.get(name), below)
     elif old != new:
         yield f"{path}: {old!r}, now {new!r}"
 
