@@ -55,6 +55,7 @@ def train_classifier(
     run: RunDirectory,
     *,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    is_drawn: bool = True,
 ) -> dict[str, Any]:
     """Trains to the end, from the run's latest checkpoint if it has one.
 
@@ -64,6 +65,7 @@ def train_classifier(
             and the summary.
         progress: told each row of metrics, with ``num_epochs`` of all fits; None prints lines to
             stderr.
+        is_drawn: whether figures are made at the end.
 
     Returns:
         The summary: ``classifier_metrics`` on the validation holes of the ``classifier`` as it is,
@@ -95,7 +97,7 @@ def train_classifier(
             _train_here(training, log, interrupted)
         elif not training.is_over:
             _train_with_ray(training, state, log, interrupted)
-        return _finish(config, run, training, log.board)
+        return _finish(config, run, training, log.board, is_drawn=is_drawn)
 
 
 def _train_here(training: Training, log: _Log, interrupted: threading.Event) -> None:
@@ -268,7 +270,12 @@ def _print_row(row: dict[str, Any]) -> None:
 
 
 def _finish(
-    config: PerceptionRunConfig, run: RunDirectory, training: Training, board: TensorBoard
+    config: PerceptionRunConfig,
+    run: RunDirectory,
+    training: Training,
+    board: TensorBoard,
+    *,
+    is_drawn: bool,
 ) -> dict[str, Any]:
     """Model, figures and summary of finished fits."""
     split = training.split
@@ -288,7 +295,8 @@ def _finish(
             for what, figures in judged.items()
         },
     }
-    _draw(config, run, board, training, predicted)
+    if is_drawn:
+        _draw(config, run, board, training, predicted)
     run.write_summary(summary)
     return summary
 

@@ -1,0 +1,297 @@
+"""SSL²-RL: classifier and policy improve each other, and what that is compared with.
+
+Xu et al., Algorithm 1. ``play_round`` is the body of the paper's loop and reads as it does; the
+methods of the tables (``config.METHODS``) differ in which f_0 they begin with and which pseudo
+labels they make, and share everything else: data, f_0, starts. Every stage leaves a folder
+(``stages``), a complete round its ``round.json``: a run that was killed goes on at the stage that
+it was in.
+
+    f0/<pretraining>/              the classifier before the first round
+    methods/<method>/round-<k>/    classifier f_k, the policy trained on it, its roll-outs over all
+                                   holes, the pseudo labels that f_(k+1) learns from, round.json
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl2rl_ray.config import METHODS, Method, SSL2RLRunConfig, check, to_dict, to_yaml
+from ssl2rl_ray.data.folder import read_dataset
+from ssl2rl_ray.local_ray import local_ray
+from ssl2rl_ray.loop.diagnostics import has_fallen, is_collapsed, label_quality, tour_figures
+from ssl2rl_ray.loop.pseudo_labels import Evidence, num_positive, pseudo_labels
+from ssl2rl_ray.loop.stages import (
+    Belief,
+    Navigator,
+    Task,
+    Tell,
+    believe,
+    evaluate_policy,
+    finetune,
+    judge_classifier,
+    navigate,
+    pretrain,
+    read_roll_out,
+    session_of,
+    visit_all,
+    write_labels,
+    write_roll_out,
+)
+from ssl2rl_ray.runs import RunDirectory
+from ssl2rl_ray.tensorboard import TensorBoard
+
+CRITERIA = ("reward", "accuracy")
+_ROUNDS_OF_A_FALL = 2
+
+
+def data_hashes(config: SSL2RLRunConfig) -> dict[str, str]:
+    """What tells whether the dataset is still the same; raises what is wrong with the data."""
+    Task.of(config)
+    if config.data.dataset is None:
+        return {}
+    dataset = read_dataset(config.data.dataset)
+    files = {name: entry["sha256"] for name, entry in dataset.manifest["files"].items()}
+    return {config.data.dataset: dataset.table.content_hash} | {
+        f"{config.data.dataset}: images": files[name] for name in files if name == "images.npy"
+    }
+
+
+def ssl2rl(
+    config: SSL2RLRunConfig, run: RunDirectory, *, progress: Tell | None = None
+) -> dict[str, Any]:
+    """Plays all methods of the config to their end, from where the run was.
+
+    Args:
+        config: what the run was begun with.
+        run: open for writing.
+        progress: told ``("METHOD round K: STAGE", share)``; None prints lines to stderr.
+
+    Returns:
+        The summary: ``sample``, and for each method its ``rounds``, the round that each criterion
+        ``kept`` by the selection squares, and why it ``stopped`` early.
+
+    Raises:
+        ValueError: settings (``config.check``) or data that do not go together, by name.
+        KeyboardInterrupt: after Ctrl-C; what is complete is on disk.
+    """
+    check(config)
+    tell = progress or _Lines()
+    task = Task.of(config)
+    run.write_record("sample.json", task.describe())
+    methods = {}
+    with local_ray(config.rl.num_env_runners + 1):
+        for name in config.loop.methods:
+            methods[name] = _play_method(task, name, run, tell)
+    summary = {"sample": task.describe(), "methods": methods}
+    run.write_summary(summary)
+    return summary
+
+
+def _play_method(task: Task, name: str, run: RunDirectory, tell: Tell) -> dict[str, Any]:
+    """The rounds of one method, until it has had them all or goes wrong."""
+    method, loop = METHODS[name], task.config.loop
+    num_rounds = loop.num_rounds if method.rule else 0
+    rounds: list[dict[str, Any]] = []
+    stopped = None
+    with TensorBoard(run.path / "tensorboard" / name) as board:
+        for k in range(num_rounds + 1):
+            record = f"methods/{name}/round-{k:02d}/round.json"
+            if (row := run.record(record)) is None:
+                if not k:
+                    board.begin(to_dict(task.config), to_yaml(task.config), "selection/accuracy")
+                row = play_round(
+                    task,
+                    name,
+                    k,
+                    run.path,
+                    tell=lambda what, share, k=k: tell(f"{name} round {k}: {what}", share),
+                    is_last=k == num_rounds,
+                )
+                flat = scalars(row, f"{task.config.env.budget_min or 480:g}")
+                board.log(flat, k)
+                run.log({"method": name, "round": k, **flat})
+                run.write_record(record, row)
+            rounds.append(row)
+            if (stopped := _gone_wrong(task, rounds)) is not None and k < num_rounds:
+                print(f"warning: {name} ends after round {k}: {stopped}", file=sys.stderr)
+                break
+    kept = {criterion: kept_round(rounds, criterion, task, method) for criterion in CRITERIA}
+    return {
+        "rounds": rounds,
+        "kept": kept,
+        "stopped": stopped if len(rounds) <= num_rounds else None,
+    }
+
+
+def play_round(
+    task: Task, name: str, k: int, run: Path, *, tell: Tell, is_last: bool
+) -> dict[str, Any]:
+    """Round k of a method: SSL²-RL, Algorithm 1, lines of its loop in their order.
+
+    Returns:
+        ``round.json``.
+    """
+    method = METHODS[name]
+    before, here = (run / "methods" / name / f"round-{i:02d}" for i in (k - 1, k))
+    here.mkdir(parents=True, exist_ok=True)
+    clock = _Clock()
+    with clock("classifier"):
+        f_0 = pretrain(task, method.pretraining, run / "f0", tell)
+        f_k = f_0
+        if k:
+            labels = before / "pseudo_labels.parquet"
+            f_before = before / "classifier" if k > 1 else f_0
+            f_k = finetune(
+                task, f_before, labels if labels.exists() else None, here / "classifier", tell
+            )
+        belief = believe(task, f_0, f_k)
+    with clock("policy"):
+        navigator = navigate(task, method, belief, here, tell)
+    with clock("evaluation"):
+        row = judge_classifier(task, belief)
+        row["return"] = evaluate_policy(task, method, belief, navigator)
+    with clock("roll_out"):
+        row |= {"pseudo_labels": None, "roll_out": None}
+        if method.rule and not is_last:
+            row |= _label(task, method, belief, navigator, k, here, tell)
+    config = task.config
+    return {
+        "method": name,
+        "round": k,
+        "seed": config.seed,
+        "labelled_fraction": config.data.labelled_fraction,
+        "algorithm": navigator.name,
+        **row,
+        "is_collapsed": is_collapsed(row["classifier"]["unlabelled"], task.low_share),
+        "wall_s": clock.seconds,
+    }
+
+
+def _label(
+    task: Task,
+    method: Method,
+    belief: Belief,
+    navigator: Navigator,
+    k: int,
+    here: Path,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Rolls out where the rule asks for it, and writes the labels that f_(k+1) learns from."""
+    assert method.rule is not None
+    roll, rows = None, task.train
+    if method.rule in ("visit-order", "q-values"):
+        if not (path := here / "roll_out.npz").exists():
+            write_roll_out(visit_all(task, method, belief, navigator, k, tell), path)
+        roll = read_roll_out(path)
+    evidence = Evidence(
+        table=session_of(task, Method(), belief),
+        p_low_ctf=belief.p_classifier[rows],
+        is_low=(task.truth == 1)[rows] & task.is_labelled[rows],
+        is_labelled=task.is_labelled[rows],
+        visit_order=None if roll is None else roll.visit_order,
+        value=None if roll is None else roll.value,
+        p_posterior=None if belief.p_posterior is None else belief.p_posterior[rows],
+        truth=task.truth[rows] if method.rule == "truth" else None,
+    )
+    cutoff = task.config.loop.positive_cutoff
+    found: dict[str, Any] = {}
+    if roll is not None:
+        found["roll_out"] = tour_figures(
+            evidence.table, roll.visit_order, evidence.is_labelled, num_positive(evidence, cutoff)
+        )
+    labels = pseudo_labels(method.rule, evidence, cutoff)
+    if labels is not None:
+        found["pseudo_labels"] = label_quality(
+            method.rule,
+            labels,
+            task.truth[rows],
+            belief.p_classifier[rows],
+            np.flatnonzero(~evidence.is_labelled),
+        )
+        write_labels(task, labels, here / "pseudo_labels.parquet")
+    return found
+
+
+def kept_round(rounds: list[dict[str, Any]], criterion: str, task: Task, method: Method) -> int:
+    """The best round by the selection squares, the first of equals; f_0 is one of them."""
+    duration = _duration(task, method)
+    values = {
+        "reward": lambda row: row["return"]["selection"][duration]["episode_return"],
+        "accuracy": lambda row: row["classifier"]["selection"]["accuracy"],
+    }[criterion]
+    return max(range(len(rounds)), key=lambda k: values(rounds[k]))
+
+
+def _duration(task: Task, method: Method) -> str:
+    """The duration by whose returns a method's rounds are chosen: its own, else the longest."""
+    durations = task.config.loop.durations_min
+    own = method.duration_min
+    return f"{own if own in durations else max(durations):g}"
+
+
+def _gone_wrong(task: Task, rounds: list[dict[str, Any]]) -> str | None:
+    """Why a method had better end here; None = it goes well."""
+    if rounds[-1]["is_collapsed"]:
+        return "nearly all holes are called one thing (collapse)"
+    accuracies = [row["classifier"]["selection"]["accuracy"] for row in rounds]
+    max_fall = task.config.loop.max_fall
+    last = range(len(accuracies) - _ROUNDS_OF_A_FALL + 1, len(accuracies) + 1)
+    if last[0] > 1 and all(has_fallen(accuracies[:end], max_fall) for end in last):
+        return (
+            f"accuracy on the selection squares has fallen from {max(accuracies):.3f} to "
+            f"{accuracies[-1]:.3f}"
+        )
+    return None
+
+
+def scalars(row: dict[str, Any], duration: str) -> dict[str, float | bool]:
+    """What TensorBoard and metrics.jsonl have of a round."""
+    flat: dict[str, Any] = {"is_collapsed": row["is_collapsed"]}
+    for part in ("selection", "test"):
+        for name in ("accuracy", "precision", "recall", "auc", "ece"):
+            flat[f"{part}/{name}"] = row["classifier"][part][name]
+            if row["posterior"]:
+                flat[f"{part}_posterior/{name}"] = row["posterior"][part][name]
+        for minutes, found in row["return"][part].items():
+            flat[f"{part}/return_{minutes}"] = found["episode_return"]
+            flat[f"{part}/num_low_ctf_{minutes}"] = found["num_low_ctf"]
+    if labels := row["pseudo_labels"]:
+        for name in ("accuracy", "precision", "recall", "auc"):
+            flat[f"pseudo_labels/{name}"] = labels["labels"][name]
+            flat[f"pseudo_labels/own_ranking_{name}"] = labels["own_ranking"][name]
+    if roll := row["roll_out"]:
+        for what in ("num_switches", "inconsistency", "inconsistency_bound"):
+            flat |= {f"roll_out/{what}_{level}": v for level, v in roll[what].items()}
+    flat |= {f"wall_s/{name}": seconds for name, seconds in row["wall_s"].items()}
+    return flat
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+
+
+class _Lines:
+    """A line for each stage, once it is done."""
+
+    def __call__(self, what: str, share: float) -> None:
+        if share >= 1:
+            print(what, file=sys.stderr, flush=True)
+
+
+Progress = Callable[[str, float], None]
