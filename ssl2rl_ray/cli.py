@@ -197,6 +197,51 @@ def _new_run_dir(config: str) -> Path:
     return Path("runs") / f"{Path(config).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
+def _sweep(args: argparse.Namespace) -> int:
+    from ssl2rl_ray.sweep import Event, load_sweep, plan, run_sweep
+
+    sweep, out = load_sweep(args.sweep, args.set), Path(args.out)
+    if args.dry_run:
+        found = plan(sweep, out)
+        width = max(map(len, found["trials"]))
+        lines = [
+            f"{name:<{width}}  {trial['needs']}  {trial['status']}"
+            for name, trial in found["trials"].items()
+        ]
+        lines.append(
+            f"{found['num_trials']} trials, {found['num_concurrent']} at once on the "
+            f"{found['num_cpus']:g} CPUs of {found['where']}; nothing was started"
+        )
+        _emit(args.json, found, "\n".join(lines))
+        return 0
+    argv = ["ssl2rl", *args.argv]
+    with _Progress() as progress:
+
+        def on_event(event: Event) -> None:
+            done = f"{event.num_finished} of {event.num_trials} finished"
+            reason = f": {event.reason}" if event.reason else ""
+            progress.say(f"{event.status:<11} {event.trial} ({done}){reason}")
+            if progress.is_terminal:
+                progress("trials", event.num_finished / event.num_trials, done)
+
+        try:
+            result = run_sweep(sweep, out, resume=args.resume, argv=argv, on_event=on_event)
+        except KeyboardInterrupt:
+            if (out / "sweep.yaml").exists():
+                again = [a for a in argv if a != "--resume"]
+                args.resume_hint = shlex.join([*again, "--resume"])
+            raise
+    failed = {n: t for n, t in result["trials"].items() if t["status"] != "finished"}
+    done = f"{result['out']}: {result['num_finished']} of {result['num_trials']} trials finished"
+    lines = [done if result["num_run"] else f"{done} already; nothing to do"]
+    for name, trial in failed.items():
+        lines.append(f"{trial['status']} {name}: {trial.get('reason', 'see its manifest.json')}")
+        if args.debug and "where" in trial:
+            lines.append(trial["where"].rstrip())
+    _emit(args.json, result, "\n".join(lines))
+    return 1 if failed else 0
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from ssl2rl_ray.evaluate import evaluate, format_report
 
@@ -367,6 +412,13 @@ class _Progress:
             self._next_line = time.monotonic() + self._SECONDS
             print(f"{what}: {share:.0%}", file=sys.stderr, flush=True)
 
+    def say(self, line: str) -> None:
+        """A line that stays, above the bars."""
+        if self._bars is not None:
+            self._bars.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
     def __exit__(self, *_: Any) -> None:
         if self._bars is not None:
             self._bars.stop()
@@ -515,6 +567,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--run-dir", metavar="DIR", help="where it is kept (runs/NAME-TIME)")
     sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     sub.add_argument("--seed", type=int, help="the config's seed")
+    with_json(sub)
+
+    sub = command("sweep", _sweep, "train as a config says, many times over what a file varies")
+    sub.add_argument("sweep", metavar="SWEEP", help="file with base, space and tune")
+    sub.add_argument("--out", required=True, metavar="DIR", help="each trial is a run in it")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="change base.a.b, space.a.b or tune.a; repeatable",
+    )
+    sub.add_argument("--dry-run", action="store_true", help="say what would run, start nothing")
+    sub.add_argument("--resume", action="store_true", help="run what is not finished yet")
     with_json(sub)
 
     sub = command("evaluate", _evaluate, "play a policy and say what it earned")
