@@ -177,8 +177,7 @@ def candidate_rows(
     top_rate = reward[0] / minutes[0]
 
     def by_group(values: FloatArray, group: IntArray, size: int) -> FloatArray:
-        sums = belief._sum(values, group, size)
-        return np.take_along_axis(sums, np.take_along_axis(group, patch, 1), 1)
+        return belief._sum(values, group, size).take(np.take_along_axis(group, patch, 1))
 
     num_squares = layout.square_grid.shape[1]
     num_visited = believed.num_visited.sum(-1)
@@ -203,10 +202,10 @@ def candidate_rows(
         believed.shift[col, patch],
         believed.num_visited[col, patch] / 25,
         believed.num_low[col, patch] / 25,
-        by_group(believed.num_visited, layout.patch_square, num_squares) / 150,
-        by_group(believed.num_low, layout.patch_square, num_squares) / 150,
-        by_group(believed.num_visited, layout.patch_grid, layout.num_grids) / 500,
-        by_group(believed.num_low, layout.patch_grid, layout.num_grids) / 500,
+        by_group(believed.num_visited, layout.square_of_patch, num_squares) / 150,
+        by_group(believed.num_low, layout.square_of_patch, num_squares) / 150,
+        by_group(believed.num_visited, layout.grid_of_patch, layout.num_grids) / 500,
+        by_group(believed.num_low, layout.grid_of_patch, layout.num_grids) / 500,
         surprise[:, None],
         (minutes_left / 480)[:, None],
         (np.log1p(np.maximum(minutes_left, 0)) / np.log(481))[:, None],
