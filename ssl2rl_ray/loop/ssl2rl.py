@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.loop.diagnostics import has_fallen, is_collapsed, label_quality, tour_figures
 from ssl2rl_ray.loop.pseudo_labels import Evidence, num_positive, pseudo_labels
+from ssl2rl_ray.loop.rollout import RollOut
 from ssl2rl_ray.loop.stages import (
     Belief,
-    Navigator,
     Task,
     Tell,
     believe,
@@ -37,12 +37,11 @@ from ssl2rl_ray.loop.stages import (
     finetune,
     judge_classifier,
     navigate,
+    navigation_key,
     pretrain,
-    read_roll_out,
     session_of,
     visit_all,
     write_labels,
-    write_roll_out,
 )
 from ssl2rl_ray.runs import RunDirectory
 from ssl2rl_ray.tensorboard import TensorBoard
@@ -114,7 +113,7 @@ def _play_method(task: Task, name: str, run: RunDirectory, tell: Tell) -> dict[s
                     tell=lambda what, share, k=k: tell(f"{name} round {k}: {what}", share),
                     is_last=k == num_rounds,
                 )
-                flat = scalars(row, f"{task.config.env.budget_min or 480:g}")
+                flat = scalars(row)
                 board.log(flat, k)
                 run.log({"method": name, "round": k, **flat})
                 run.write_record(record, row)
@@ -140,7 +139,10 @@ def play_round(
     """
     method = METHODS[name]
     before, here = (run / "methods" / name / f"round-{i:02d}" for i in (k - 1, k))
-    here.mkdir(parents=True, exist_ok=True)
+    # Before any pseudo label, methods differ in little: what is equal is done once.
+    shared = here if k else run / "f0" / navigation_key(task, method)
+    for folder in (here, shared):
+        folder.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
     with clock("classifier"):
         f_0 = pretrain(task, method.pretraining, run / "f0", tell)
@@ -153,14 +155,17 @@ def play_round(
             )
         belief = believe(task, f_0, f_k)
     with clock("policy"):
-        navigator = navigate(task, method, belief, here, tell)
+        navigator = navigate(task, method, belief, shared, tell)
     with clock("evaluation"):
         row = judge_classifier(task, belief)
-        row["return"] = evaluate_policy(task, method, belief, navigator)
+        row["return"] = evaluate_policy(task, method, belief, navigator, shared, tell)
     with clock("roll_out"):
         row |= {"pseudo_labels": None, "roll_out": None}
         if method.rule and not is_last:
-            row |= _label(task, method, belief, navigator, k, here, tell)
+            roll = None
+            if method.rule in ("visit-order", "q-values"):
+                roll = visit_all(task, method, belief, navigator, k, shared, tell)
+            row |= _label(task, method, belief, roll, here)
     config = task.config
     return {
         "method": name,
@@ -175,21 +180,11 @@ def play_round(
 
 
 def _label(
-    task: Task,
-    method: Method,
-    belief: Belief,
-    navigator: Navigator,
-    k: int,
-    here: Path,
-    tell: Tell,
+    task: Task, method: Method, belief: Belief, roll: RollOut | None, here: Path
 ) -> dict[str, Any]:
-    """Rolls out where the rule asks for it, and writes the labels that f_(k+1) learns from."""
+    """Writes the labels that f_(k+1) learns from, and says how good they are."""
     assert method.rule is not None
-    roll, rows = None, task.train
-    if method.rule in ("visit-order", "q-values"):
-        if not (path := here / "roll_out.npz").exists():
-            write_roll_out(visit_all(task, method, belief, navigator, k, tell), path)
-        roll = read_roll_out(path)
+    rows = task.train
     evidence = Evidence(
         table=session_of(task, Method(), belief),
         p_low_ctf=belief.p_classifier[rows],
@@ -251,7 +246,7 @@ def _gone_wrong(task: Task, rounds: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def scalars(row: dict[str, Any], duration: str) -> dict[str, float | bool]:
+def scalars(row: dict[str, Any]) -> dict[str, float | bool]:
     """What TensorBoard and metrics.jsonl have of a round."""
     flat: dict[str, Any] = {"is_collapsed": row["is_collapsed"]}
     for part in ("selection", "test"):
@@ -292,6 +287,3 @@ class _Lines:
     def __call__(self, what: str, share: float) -> None:
         if share >= 1:
             print(what, file=sys.stderr, flush=True)
-
-
-Progress = Callable[[str, float], None]

@@ -8,6 +8,7 @@ holes of the session, T of its training squares, M roll-outs, E episodes.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from envs.cryoem.calibration import Calibration
 from envs.cryoem.nested import sums_of_squares
 from envs.cryoem.planners import make_planner
 from envs.cryoem.stack import Policy, SessionStack
-from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray, NavigationConfig, Switch
+from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray, NavigationConfig
 from envs.cryoem.types import RandomEffects as Effects
 from ssl2rl_ray.config import (
     EnvConfig,
@@ -34,7 +35,7 @@ from ssl2rl_ray.config import (
     SSL2RLRunConfig,
     navigation_config,
 )
-from ssl2rl_ray.data.folder import read_dataset, write_dataset
+from ssl2rl_ray.data.folder import write_dataset
 from ssl2rl_ray.data.splits import split_by_square
 from ssl2rl_ray.evaluate import roll_out
 from ssl2rl_ray.loop import head
@@ -49,6 +50,7 @@ from ssl2rl_ray.stats import or_none
 from ssl2rl_ray.train import train
 
 _SELECTION, _STARTS, _ROLL_OUT = 10, 11, 12  # streams of random numbers of the run's seed
+_ROLL_OUT_FIELDS = ("visit_order", "value", "num_switches")
 _FEWEST_EPOCHS = 20
 """Of f_0 where ``loop.pretraining_steps`` would be fewer, as with all labels."""
 _LARGEST_LOGIT = 9.0
@@ -377,6 +379,16 @@ class Navigator:
     """The best one first."""
 
 
+def navigation_key(task: Task, method: Method) -> str:
+    """What tells apart the policies, and with them evaluation and roll-outs, of one f_0."""
+    f_0 = task.config.pretraining.method if method.pretraining == "as configured" else ""
+    rules = navigation_config(env_of(task.config, method))
+    words = [f_0 or method.pretraining, method.navigator or task.config.loop.navigator]
+    words += [f"{rules.budget_min:g}"]
+    words += ["posterior"] * method.is_posterior_seen + ["labelled"] * method.is_rl_labelled_only
+    return "-".join([*words, *["free"] * method.is_movement_free])
+
+
 def navigate(task: Task, method: Method, belief: Belief, folder: Path, tell: Tell) -> Navigator:
     """Trains RL on pseudo rewards, or takes a planner."""
     config = task.config
@@ -400,7 +412,6 @@ def navigate(task: Task, method: Method, belief: Belief, folder: Path, tell: Tel
             provenance={"importer": "ssl2rl", "notes": ["p_low_ctf is this round's"]},
             calibration=_as_it_is(belief.effects).to_json(),
         )
-    read_dataset(session)
     stage, here = config.navigation_run(str(session), env), folder / "policy"
     if (run := _begun(here, stage)) is not None:
         steps = stage.training.num_env_steps
@@ -441,12 +452,16 @@ def _policies(folder: Path) -> Callable[[SessionStack, NavigationConfig], list[P
 
 
 def evaluate_policy(
-    task: Task, method: Method, belief: Belief, navigator: Navigator
+    task: Task, method: Method, belief: Belief, navigator: Navigator, folder: Path, tell: Tell
 ) -> dict[str, Any]:
     """``return`` of round.json: the best policy, played for each duration, rewarded by the truth.
 
     The starts are the run's, the same for all methods and rounds: differences are paired.
     """
+    path = folder / "return.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    tell("evaluation", 0.0)
     config, found = task.config, {}
     for name in ("selection", "test"):
         rows = task.selection if name == "selection" else task.test
@@ -477,19 +492,29 @@ def evaluate_policy(
                 "num_visits": float(episodes.num_visits.mean()),
                 "episode_returns": episodes.episode_return.tolist(),
             }
+    _write(path, lambda stream: stream.write(json.dumps(found, indent=1).encode()))
     return found
 
 
 def visit_all(
-    task: Task, method: Method, belief: Belief, navigator: Navigator, round_: int, tell: Tell
+    task: Task,
+    method: Method,
+    belief: Belief,
+    navigator: Navigator,
+    k: int,
+    folder: Path,
+    tell: Tell,
 ) -> RollOut:
     """M visit orders of all holes of the training squares."""
-    config = task.config
+    path, config = folder / "roll_out.npz", task.config
+    if path.exists():
+        with np.load(path) as found:
+            return RollOut(**{name: found.get(name) for name in _ROLL_OUT_FIELDS})
     table = session_of(task, dataclasses.replace(method, is_rl_labelled_only=False), belief)
     rules = navigator.rules
     stack = SessionStack.of([table], rules)
-    rng = np.random.default_rng([config.seed, _ROLL_OUT, round_])
-    return roll_out_all(
+    rng = np.random.default_rng([config.seed, _ROLL_OUT, k])
+    roll = roll_out_all(
         navigator.make(stack, rules),
         stack,
         rules,
@@ -499,6 +524,10 @@ def visit_all(
         rng=rng,
         on_step=lambda share: tell("roll-outs", share),
     )
+    fields = {name: getattr(roll, name) for name in _ROLL_OUT_FIELDS}
+    kept = {name: array for name, array in fields.items() if array is not None}
+    _write(path, lambda stream: np.savez_compressed(stream, **kept))
+    return roll
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -516,36 +545,15 @@ def write_labels(task: Task, labels: PseudoLabels, path: Path) -> None:
         "is_low_ctf": pa.array(labels.is_low[is_open]),
         "confidence": pa.array(labels.confidence[is_open]),
     }
-    partial = path.with_name(f".{path.name}.part")
-    pq.write_table(pa.table(columns), partial)
-    partial.replace(path)
+    _write(path, lambda stream: pq.write_table(pa.table(columns), stream))
 
 
-def write_roll_out(roll: RollOut, path: Path) -> None:
-    """``roll_out.npz``, whole or not at all."""
+def _write(path: Path, write: Callable[[Any], Any]) -> None:
+    """A file, whole or not at all."""
     partial = path.with_name(f".{path.name}.part")
-    arrays = {"visit_order": roll.visit_order, "num_switches": roll.num_switches}
-    if roll.value is not None:
-        arrays["value"] = roll.value
     with partial.open("wb") as stream:
-        np.savez_compressed(stream, **arrays)
+        write(stream)
     partial.replace(path)
-
-
-def read_roll_out(path: Path) -> RollOut:
-    """The inverse of ``write_roll_out``."""
-    with np.load(path) as found:
-        return RollOut(
-            visit_order=found["visit_order"],
-            value=found.get("value", None),
-            num_switches=found["num_switches"],
-        )
-
-
-def by_level(values: Any, first: Switch = Switch.HOLE) -> dict[str, float]:
-    """Numbers by the name of their level."""
-    levels = [level.name.lower() for level in Switch if level >= first]
-    return {k: float(v) for k, v in zip(levels, values, strict=True)}
 
 
 def given_logit(table: HoleTable) -> FloatArray:
