@@ -279,6 +279,15 @@ def _note_unused_calibration(calibration: str | None, policies: Sequence[str]) -
         )
 
 
+def _report(args: argparse.Namespace) -> None:
+    from ssl2rl_ray.report import check_out, format_report, report, write_report
+
+    check_out(args.out, force=args.force)
+    document = report(args.runs)
+    written = write_report(document, args.out, force=args.force)
+    _emit(args.json, document, f"{format_report(document)}\n{written}: open it in a browser")
+
+
 def _plan(args: argparse.Namespace) -> None:
     from ssl2rl_ray.data.commands import read_calibration
     from ssl2rl_ray.data.folder import read_dataset
@@ -619,6 +628,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="accept a calibration fitted on the evaluated session; recorded in the JSON",
     )
+    with_json(sub)
+
+    sub = command("report", _report, "make tables, figures and a page of runs of the loop")
+    sub.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run of kind ssl2rl, or a folder that holds some"
+    )
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder for the page and all")
+    sub.add_argument("--force", action="store_true", help="write beside what is there already")
     with_json(sub)
 
     sub = command("plan", _plan, "write the list of holes to image")

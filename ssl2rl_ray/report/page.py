@@ -1,0 +1,311 @@
+"""The page: one HTML file that needs nothing beside it, made from the values of ``report.json``."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from ssl2rl_ray.report.results import number_at, percent
+from ssl2rl_ray.report.tables import NOT_AT_HAND, PAPER, PAPER_NOTE, number
+
+_ONE = "n=1: ranks nothing"
+_CSS = """
+:root { --ink: #222220; --soft: #5f5f5a; --line: #d9d9d4; --band: #f5f5f2; --blue: #1f5c93; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1.25rem 4rem; background: #fff;
+  color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .4rem; padding-top: .6rem;
+  border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
+p, ul { margin: .4rem 0; max-width: 48rem; }
+a { color: var(--blue); }
+.lead, figcaption, .caption, footer { color: var(--soft); font-size: .9rem; }
+nav { background: var(--band); padding: .7rem 1rem; margin: 1.2rem 0; font-size: .92rem; }
+nav ul { columns: 20rem; margin: .3rem 0 0; padding-left: 1.1rem; max-width: none; }
+.note { border-left: 3px solid #c98a00; padding-left: .8rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
+th[scope=row] { font-weight: normal; min-width: 9.5rem; padding-right: 1rem; }
+td { white-space: nowrap; }
+tr.group th { background: var(--band); font-weight: 600; font-size: .8rem; padding-left: .4rem; }
+td small, th small { display: block; color: var(--soft); font-size: .76rem; font-weight: normal; }
+td.established { font-weight: 600; }
+td.none { color: var(--soft); }
+figure { margin: 1rem 0 0; }
+figure img { max-width: 100%; height: auto; display: block; }
+figure .scroll img.wide { min-width: 40rem; }
+code { font-size: .88em; overflow-wrap: anywhere; }
+@media (max-width: 600px) {
+  body { padding: 1rem .8rem 3rem; }
+  th[scope=row] { min-width: 7rem; position: sticky; left: 0; background: #fff; }
+  h1 { font-size: 1.4rem; }
+}
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  nav { display: none; }
+  h2, h3 { break-after: avoid; }
+  tr, figure { break-inside: avoid; }
+  .scroll { overflow: visible; }
+  figure .scroll img.wide { min-width: 0; }
+  a { color: inherit; text-decoration: none; }
+}
+"""
+
+
+def page(document: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+    """The whole page.
+
+    Args:
+        document: as ``report`` returns it.
+        images: PNG of every figure, by its name.
+    """
+    sections = [
+        ("data", "What was run", _about(document)),
+        *(
+            (name, table["title"], _anova(table) if name == "table3" else _table(name, table))
+            for name, table in document["tables"].items()
+        ),
+        *(
+            (name, figure["title"], _figure(name, figure, images[name]))
+            for name, figure in document["figures"].items()
+        ),
+    ]
+    contents = "".join(f'<li><a href="#{_id(i)}">{escape(t)}</a></li>' for i, t, _ in sections)
+    body = "\n".join(
+        f'<section id="{_id(name)}"><h2>{escape(text)}</h2>\n{content}</section>'
+        for name, text, content in sections
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>SSL²-RL: report</title>
+<style>{_CSS}</style>
+</head>
+<body>
+<header>
+<h1>SSL²-RL: classifier and policy under few labels</h1>
+<p class="lead">{_lead(document)}</p>
+{_notes(document["notes"])}
+</header>
+<nav aria-label="Contents"><strong>Contents</strong><ul>{contents}</ul></nav>
+<main>
+{body}
+</main>
+<footer><p id="paper-note">¹ {escape(PAPER_NOTE)} Source: {escape(PAPER["source"])}.</p>
+<p>ssl2rl-ray {escape(document["version"])}; all numbers: <a href="report.json">report.json</a>.</p>
+</footer>
+</body>
+</html>
+"""
+
+
+def _id(name: str) -> str:
+    return escape("".join(c if c.isalnum() else "-" for c in name), quote=True)
+
+
+def _lead(document: Mapping[str, Any]) -> str:
+    runs = document["runs"]
+    seeds = len({run["seed"] for run in runs})
+    fractions = ", ".join(percent(f) for f in document["labelled_fractions"])
+    what = "data set" if len(runs) == 1 else "data sets"
+    return escape(
+        f"{len(runs)} {what} ({seeds} seed{'s' * (seeds != 1)}; labelled {fractions}), navigation "
+        f"by {document['navigator']}. Rounds are kept by the selection squares, numbers are of "
+        "the test squares. Every cell: mean ± half of Student's 95 % interval over data sets, and "
+        "the number n of data sets (seeds). Differences are paired; “established” means that the "
+        "95 % interval excludes 0, without a correction for how many are looked at."
+    )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    return '<ul class="note">' + "".join(f"<li>{escape(n)}</li>" for n in notes) + "</ul>"
+
+
+def _about(document: Mapping[str, Any]) -> str:
+    """Data sets by fraction and navigator; a list of hundreds of runs stands in report.json."""
+    counted: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
+    for run in document["runs"]:
+        counted.setdefault((run["labelled_fraction"], run["navigator"]), []).append(run)
+    lines = []
+    for (fraction, navigator), runs in sorted(counted.items()):
+        status = Counter(run["status"] for run in runs)
+        seeds = sorted({run["seed"] for run in runs})
+        methods = len({m for run in runs for m in run["methods"]})
+        sizes = {
+            name: sorted(
+                {int(v) for run in runs if (v := number_at(run["sample"], name)) is not None}
+            )
+            for name in ("num_holes", "num_labelled")
+        }
+        holes, labelled = (
+            "–" if not v else f"{v[0]}" if len(v) == 1 else f"{v[0]} to {v[-1]}"
+            for v in sizes.values()
+        )
+        cells = [
+            navigator,
+            " ".join(map(str, seeds)) if len(seeds) <= 12 else f"{len(seeds)} seeds",
+            ", ".join(f"{number_} {name}" for name, number_ in status.items()),
+            str(methods),
+            holes,
+            labelled,
+        ]
+        row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{percent(fraction)}</th>{row}</tr>')
+    heads = ("labelled", "navigation", "seeds", "runs", "methods", "holes", "labels used")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")
+
+
+def _table(name: str, table: Mapping[str, Any]) -> str:
+    parts = [f'<p class="caption">{escape(table["caption"])}</p>', _links(name, table)]
+    for quantity in table["quantities"]:
+        key = quantity["name"]
+        cells = [c for c in table["cells"] if c["quantity"] == key]
+        differences = [d for d in table["differences"] if d["quantity"] == key]
+        parts.append(f"<h3>{escape(quantity['title'])}</h3>")
+        parts.append(_values(table["rows"], cells, quantity["decimals"]))
+        if differences:
+            parts.append("<h3>" + escape(f"{quantity['title']}: paired differences") + "</h3>")
+            parts.append(_differences(table, differences, quantity["decimals"]))
+    return "\n".join(parts)
+
+
+def _values(
+    rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]], decimals: int
+) -> str:
+    fractions = sorted({cell["labelled_fraction"] for cell in cells})
+    at = {(cell["row"], cell["labelled_fraction"]): cell for cell in cells}
+    heads = "".join(f'<th scope="col">{percent(f)} labelled</th>' for f in fractions)
+    lines = []
+    for heading, row in _grouped(rows, {cell["row"] for cell in cells if cell["n"]}):
+        if heading is not None:
+            lines.append(_heading(heading, 1 + len(fractions)))
+        line = "".join(_cell(at.get((row["row"], f)), decimals) for f in fractions)
+        lines.append(f'<tr><th scope="row">{escape(row["title"])}</th>{line}</tr>')
+    return _scroll(
+        f'<table><thead><tr><th scope="col">method</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table>"
+    )
+
+
+def _cell(cell: Mapping[str, Any] | None, decimals: int, *, sign: bool = False) -> str:
+    """A value with its interval and n; below it the paper's, or whether it is established."""
+    if cell is None or (not cell["n"] and cell.get("paper") is None):
+        return '<td class="none">–</td>'
+    below, kind = "", ""
+    if cell["n"] == 0:
+        text = "no run"
+    elif cell["n"] == 1:
+        text = number(cell["mean"], decimals, sign=sign)
+        below = f"<small>{_ONE}</small>"
+    else:
+        mean, half = number(cell["mean"], decimals, sign=sign), number(cell["half_width"], decimals)
+        text = f"{mean} ± {half}"
+        below = f"<small>n={cell['n']}</small>"
+        if "is_established" in cell:
+            word = "established" if cell["is_established"] else "not established"
+            kind = ' class="established"' if cell["is_established"] else ""
+            below = f"<small>{word}, n={cell['n']}</small>"
+    paper = cell.get("paper")
+    if paper == NOT_AT_HAND:
+        below += f'<small>paper: {NOT_AT_HAND}<a href="#paper-note">¹</a></small>'
+    elif paper is not None:
+        below += f"<small>paper: {number(paper, 3)}</small>"
+    return f"<td{kind}>{text}{below}</td>"
+
+
+def _differences(
+    table: Mapping[str, Any], differences: Sequence[Mapping[str, Any]], decimals: int
+) -> str:
+    titles = {row["row"]: row["title"] for row in table["rows"]}
+    fractions = sorted({d["labelled_fraction"] for d in differences})
+    at = {(d["row"], d["labelled_fraction"], d["against"]): d for d in differences}
+    columns = [
+        (f, a) for f in fractions for a in table["against"] if any(k[1:] == (f, a) for k in at)
+    ]
+    heads = "".join(
+        f'<th scope="col">{percent(f)}<small>less {_wrapped(titles[a])}</small></th>'
+        for f, a in columns
+    )
+    lines = []
+    for heading, row in _grouped(table["rows"], {d["row"] for d in differences if d["n"]}):
+        if heading is not None:
+            lines.append(_heading(heading, 1 + len(columns)))
+        line = "".join(_cell(at.get((row["row"], *c)), decimals, sign=True) for c in columns)
+        lines.append(f'<tr><th scope="row">{escape(row["title"])}</th>{line}</tr>')
+    return _scroll(
+        f'<table><thead><tr><th scope="col">method</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table>"
+    )
+
+
+def _wrapped(text: str) -> str:
+    """A row's name over several short lines, for the head of a column."""
+    return "<br>".join(escape(part) for part in text.split(", "))
+
+
+def _grouped(
+    rows: Sequence[Mapping[str, Any]], wanted: set[str]
+) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
+    """Rows that have a number somewhere, each with its heading where a group begins."""
+    last = None
+    for row in rows:
+        if row["row"] in wanted:
+            yield (row["group"] if row["group"] != last else None), row
+            last = row["group"]
+
+
+def _heading(text: str, columns: int) -> str:
+    return f'<tr class="group"><th colspan="{columns}" scope="colgroup">{escape(text)}</th></tr>'
+
+
+def _anova(table: Mapping[str, Any]) -> str:
+    lines = []
+    for share in (c for c in table["cells"] if c["quantity"] == "share"):
+        units = next(
+            c
+            for c in table["cells"]
+            if c["quantity"] == "units" and c["level"] == share["level"]
+        )  # fmt: skip
+        lines.append(
+            f'<tr><th scope="row">{share["level"]}</th>{_cell(share | {"paper": None}, 4)}'
+            f"<td>{number(share['paper'], 4)}</td>{_cell(units, 0)}</tr>"
+        )
+    heads = ("level", "share of the sum of squares", "paper", "units")
+    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+    body = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    caption = f'<p class="caption">{escape(table["caption"])}</p>'
+    return caption + _links("table3", table) + _scroll(body)
+
+
+def _links(name: str, table: Mapping[str, Any]) -> str:
+    files = [f"{name}.csv"] + ([f"{name}-differences.csv"] if table.get("differences") else [])
+    links = ", ".join(f'<a href="{escape(f, quote=True)}">{escape(f)}</a>' for f in files)
+    return f'<p class="caption">Numbers: {links}</p>'
+
+
+def _figure(name: str, figure: Mapping[str, Any], image: bytes) -> str:
+    data = base64.b64encode(image).decode()
+    wide = ' class="wide"' if figure["columns"] > 1 else ""
+    file = escape(f"{name}.csv", quote=True)
+    return (
+        f'<figure><div class="scroll"><img{wide} src="data:image/png;base64,{data}" '
+        f'alt="{escape(figure["alt"], quote=True)}"></div>'
+        f"<figcaption>{escape(figure['caption'])} Numbers: "
+        f'<a href="{file}">{file}</a></figcaption></figure>'
+    )
+
+
+def _scroll(table: str) -> str:
+    return f'<div class="scroll" tabindex="0">{table}</div>'
