@@ -19,6 +19,7 @@ from envs.cryoem.types import BoolArray, FloatArray, IntArray, NavigationConfig,
 _NEWTON_STEPS = 25  # at most: three or four in a usual session, about one a logit of surprise
 _CONVERGED = 1e-3  # logits: the step that is shorter squares the error to below 1e-6
 _ROUNDING = np.float32(1e-4)  # of minutes that are sums of float32, in moves
+_NO_WAY = np.array([-np.inf, 0], np.float32)  # to add: -inf where a mask is False
 _BISECTIONS = 14  # price to 1e-4 of its range
 
 
@@ -203,10 +204,11 @@ def believe(
     shift = up(u_g, u_s) + u_p
     scale = 1 / np.sqrt(1 + np.pi / 8 * variance)
     is_left = (layout.slot_hole >= 0) & ~visited.take(layout.hole_of_slot)
-    logit = (layout.base + shift[..., None].astype(np.float32)) * scale[..., None].astype(
-        np.float32
-    )
-    p = np.where(is_left, 1 / (1 + np.exp(-logit)), np.float32(0))
+    p = layout.base + shift[..., None].astype(np.float32)
+    p *= -scale[..., None].astype(np.float32)
+    np.exp(p, out=p)
+    p += 1
+    np.divide(is_left, p, out=p)
     return Belief(
         p=p,
         is_left=is_left,
@@ -230,9 +232,10 @@ class Sorted:
     def of(cls, belief: Belief) -> Sorted:
         """Sorts once; every price then costs a count and three look-ups a patch."""
         num_episodes, num_patches, num_slots = belief.p.shape
-        p = np.zeros((num_slots + 1, num_episodes, num_patches), np.float32)
+        p = np.empty((num_slots + 1, num_episodes, num_patches), np.float32)
+        sum_p = np.empty_like(p)
+        p[-1], sum_p[0] = 0, 0
         p[:-1] = np.moveaxis(np.sort(belief.p, axis=-1)[..., ::-1], -1, 0)
-        sum_p = np.zeros_like(p)
         np.cumsum(p[:-1], 0, out=sum_p[1:])
         return cls(p=p, sum_p=sum_p)
 
@@ -242,13 +245,18 @@ class Sorted:
         return self.p[0] <= 0
 
     @cached_property
-    def _first(self) -> IntArray:
+    def no_way(self) -> FloatArray:
+        """(E, P) -inf where nothing is left, else 0: to be added."""
+        return _NO_WAY[(~self.is_empty).view(np.uint8)]
+
+    @cached_property
+    def first(self) -> IntArray:
         """(E, P) flat indices of the first rank."""
         return np.arange(self.p[0].size).reshape(self.p[0].shape)
 
     def at(self, rank: IntArray) -> IntArray:
         """(E, P) flat indices of a rank (E, P), for ``take``."""
-        return rank * rank.size + self._first
+        return rank * rank.size + self.first
 
     def num_above(self, p: FloatArray) -> IntArray:
         """(E, P) int32 how many holes left are more probable than p (E, P) or (E, 1)."""
@@ -294,39 +302,52 @@ def worth(
     sorted_p: Sorted, price: FloatArray, config: NavigationConfig, minutes_left: FloatArray
 ) -> Worth:
     """Surpluses at a price (E, P) or (E, 1), reward per minute, with ``minutes_left`` (E, 1)."""
-    t, r = config.minutes, config.reward
+    t, r = np.array(config.minutes, np.float32), np.array(config.reward, np.float32)
     most = num_in_time(minutes_left, config)
-    cost = price.astype(np.float32) * np.float32(t[0])
-    no_way = np.float32(-np.inf)
-    is_empty = sorted_p.is_empty
-    worth_it = sorted_p.num_above(cost / np.float32(r[0]))
+    cost = price.astype(np.float32) * t[0]
+    worth_it = sorted_p.num_above(cost / r[0])
+    # Masks are added, as 0 or -inf: `where` costs several times as much.
+    num, patch, entry = [worth_it] * 4, [], []
     is_time_for_all = most.min() >= len(sorted_p.p)  # then all ways in take the same holes
-    num, patch, entry = [], [], []
+    inside, last, following, no_last, no_next = _around(sorted_p, worth_it, cost, r[0])
     for level in range(4):
-        if level == 0 or not is_time_for_all:
-            n = np.minimum(worth_it, most[level])
-            index = sorted_p.at(n)
-            inside = np.float32(r[0]) * sorted_p.sum_p.take(index) - n.astype(np.float32) * cost
-            has_any = n > 0
-            last = sorted_p.p.take(np.where(has_any, index - n.size, index))
-            following = sorted_p.p.take(index)
-            if not is_time_for_all:
-                following = np.where(n < most[level], following, 0)
-            has_more = following > 0
-        surplus = inside
-        rank = n
-        if level > 0:
-            swap = np.where(has_any, np.float32(r[level] - r[0]) * last + cost, no_way)
-            add = np.where(has_more, np.float32(r[level]) * following, no_way)
-            surplus = surplus + np.maximum(swap, add) - price * np.float32(t[level])
-            surplus = np.where(is_empty, no_way, surplus)
-            rank = np.where(swap > add, n - 1, n)
-        num.append(n)
-        patch.append(surplus)
-        entry.append(rank if level > 0 else np.zeros_like(n))
-    minutes = np.where(is_empty, 0, t[1] + t[0] * np.maximum(num[1] - 1, 0)).astype(np.float32)
+        if not is_time_for_all:
+            n = num[level] = np.minimum(worth_it, most[level])
+            inside, last, following, no_last, no_next = _around(sorted_p, n, cost, r[0])
+            no_next = _NO_WAY[((n < most[level]) & (no_next == 0)).view(np.uint8)]
+        if level == 0:
+            patch.append(inside)
+            entry.append(np.zeros_like(worth_it))
+            continue
+        swap = (r[level] - r[0]) * last + cost + no_last
+        add = r[level] * following + no_next
+        surplus = inside + np.maximum(swap, add) - price * t[level]
+        patch.append(surplus + sorted_p.no_way)
+        entry.append(num[level] - (swap > add))
+    minutes: FloatArray = t[1] + t[0] * np.maximum(num[1] - 1, 0).astype(np.float32)
+    minutes *= ~sorted_p.is_empty
     return Worth(
         stay=patch[0], patch=tuple(patch), entry=tuple(entry), num_worth=num[0], minutes=minutes
+    )
+
+
+def _around(
+    sorted_p: Sorted, num: IntArray, cost: FloatArray, reward: np.float32
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
+    """(E, P) each: surplus of the first ``num``; p of the last of them and of the next one.
+
+    Then, for the last and for the next, 0 where there is one and -inf where there is none.
+    """
+    index = sorted_p.at(num)
+    inside = reward * sorted_p.sum_p.take(index) - num.astype(np.float32) * cost
+    last = sorted_p.p.take(np.maximum(index - num.size, sorted_p.first))
+    following = sorted_p.p.take(index)
+    return (
+        inside,
+        last,
+        following,
+        _NO_WAY[(num > 0).view(np.uint8)],
+        _NO_WAY[(following > 0).view(np.uint8)],
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from envs.cryoem import belief
 from envs.cryoem.belief import Layout, Place, Sorted
 from envs.cryoem.knapsack import best_tour
-from envs.cryoem.rates import PRIOR_COLUMN, candidate_rows
+from envs.cryoem.rates import PRIOR_COLUMN, candidate_rows, num_in_run, run_from
 from envs.cryoem.stack import Observation, Policy, SessionStack, unpack_visited
 from envs.cryoem.types import (
     BoolArray,
@@ -152,6 +152,11 @@ def lagrange(now: Situation) -> IntArray:
     time left (belief.price_of_time): stay while the hole is worth its minutes, else go where the
     surplus is. The strongest planner that was measured.
     """
+    return _best_row(now)[1]
+
+
+def _best_row(now: Situation) -> tuple[FloatArray, IntArray]:
+    """(E, F) the row that the price of time likes best, and (E,) its hole."""
     rows, hole, mask = candidate_rows(
         now.stack,
         now.session,
@@ -163,7 +168,8 @@ def lagrange(now: Situation) -> IntArray:
         layout=now.layout,
     )
     pick = np.where(mask, rows[..., PRIOR_COLUMN], -np.inf).argmax(1)
-    return hole[np.arange(len(pick)), pick]
+    at = np.arange(len(pick)), pick
+    return rows[at], hole[at]
 
 
 PLANNERS: dict[str, Callable[[Situation], IntArray]] = {
@@ -191,22 +197,36 @@ class Planner:
 
     def act(self, observation: Observation, rng: np.random.Generator) -> IntArray:
         """(E,) the next hole of each episode."""
+        return PLANNERS[self.name](self._situation(observation, rng))
+
+    def act_run(self, observation: Observation, rng: np.random.Generator) -> IntArray:
+        """(E, R) the next holes of each episode, -1 after the end of each run.
+
+        ``lagrange`` decides once for all holes of a patch that are worth their minutes, without
+        looking at what the first ones turn out to be; other planners decide hole by hole.
+        """
+        now = self._situation(observation, rng)
+        if self.name != "lagrange":
+            return PLANNERS[self.name](now)[:, None]
+        row, hole = _best_row(now)
+        count = num_in_run(row, now.minutes_left, self.config)
+        return run_from(self.stack, now.session, now.visited, hole, count)
+
+    def _situation(self, observation: Observation, rng: np.random.Generator) -> Situation:
         session = observation["session"][:, 0]
         key = session.tobytes()
         if self._layout is None or self._layout[0] != key:
             self._layout = key, Layout.of(self.stack, session, self.effects)
-        return PLANNERS[self.name](
-            Situation(
-                stack=self.stack,
-                session=session,
-                visited=unpack_visited(observation, self.stack.p_low_ctf.shape[1]),
-                current=observation["recent"][:, 0],
-                minutes_left=self.config.budget_min - observation["elapsed_min"][:, 0],
-                config=self.config,
-                effects=self.effects,
-                layout=self._layout[1],
-                rng=rng,
-            )
+        return Situation(
+            stack=self.stack,
+            session=session,
+            visited=unpack_visited(observation, self.stack.p_low_ctf.shape[1]),
+            current=observation["recent"][:, 0],
+            minutes_left=self.config.budget_min - observation["elapsed_min"][:, 0],
+            config=self.config,
+            effects=self.effects,
+            layout=self._layout[1],
+            rng=rng,
         )
 
 

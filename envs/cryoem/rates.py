@@ -49,6 +49,7 @@ FEATURES = (
 NUM_FEATURES = len(FEATURES)
 PRIOR_COLUMN = FEATURES.index("advantage")
 BOUND_COLUMN = FEATURES.index("bound")
+_NUM_WORTH_COLUMN = FEATURES.index("num_worth")
 BOUND_SCALE = np.float32(480)
 _TIE = np.float32(1e-3)  # among moves that the price calls equal, the one with more surplus
 
@@ -216,6 +217,40 @@ def candidate_rows(
         rows[..., index] = column
     rows[~mask] = 0
     return rows, hole.astype(np.int32), mask
+
+
+def run_from(
+    stack: SessionStack,
+    session: IntArray,
+    visited: BoolArray,
+    hole: IntArray,
+    num_holes: IntArray,
+) -> IntArray:
+    """(E, R) int32 the holes of runs within a patch, -1 after the end of each.
+
+    A run begins at ``hole`` (E,) and goes on with the most probable holes left in its patch, up to
+    ``num_holes`` (E,) in all. Their order is that of the predictions, whatever is believed of the
+    patch: one shift is common to all its holes.
+    """
+    row = np.arange(len(hole))
+    slots = stack.slot_hole[session, stack.patch_id[session, hole]]
+    is_open = (slots >= 0) & ~visited[row[:, None], slots] & (slots != hole[:, None])
+    is_open &= is_open.cumsum(1) < num_holes[:, None]
+    length = is_open.sum(1)
+    run = np.full((len(hole), int(length.max()) + 1), -1, np.int32)
+    run[:, 0] = hole
+    episode, slot = np.nonzero(is_open)
+    run[episode, 1 + (is_open.cumsum(1) - 1)[episode, slot]] = slots[episode, slot]
+    return run
+
+
+def num_in_run(rows: FloatArray, minutes_left: FloatArray, config: NavigationConfig) -> IntArray:
+    """(E,) holes worth their minutes after moves whose rows are (E, F), as far as time goes."""
+    num_worth = np.rint(rows[:, _NUM_WORTH_COLUMN] * 25).astype(int)
+    level = rows[:, :4].argmax(1)
+    left = np.maximum(minutes_left, config.minutes[0])
+    most = belief.num_in_time(left, config)[level, np.arange(len(level))]
+    return np.clip(num_worth, 1, most)
 
 
 def _marginal(layout: Layout, effects: RandomEffects) -> FloatArray:

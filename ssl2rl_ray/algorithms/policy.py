@@ -161,6 +161,7 @@ class TorchPolicy:
         self.stack = stack
         self.rules = rules
         self.effects = artefact.calibration.effects
+        self._layout: Any = None  # the sessions gathered for ``rates``, by their rows
         if isinstance(network, HoleNetwork):
             hashes = tuple(str(value) for value in stack.table_hash)
             assert network.expander.table_hash == hashes, "the expander has another stack's tables"
@@ -174,7 +175,7 @@ class TorchPolicy:
     ) -> tuple[IntArray, FloatArray]:
         """``act``, and (E,) float32 the action value of that move, in one forward pass."""
         if self.rules.feature_set == "rates":
-            return self._decide_on_candidates(observation)
+            return self._best_candidate(observation)[1:]
         num_needed = self.rules.num_past_steps
         if observation["recent"].shape[1] < num_needed:
             raise ValueError(
@@ -191,19 +192,47 @@ class TorchPolicy:
         is_open = (slots >= 0) & ~np.take_along_axis(visited, np.maximum(slots, 0), 1)
         return slots[np.arange(len(slots)), is_open.argmax(1)], value
 
-    def _decide_on_candidates(self, observation: Observation) -> tuple[IntArray, FloatArray]:
+    def decide_run(
+        self, observation: Observation, rng: np.random.Generator
+    ) -> tuple[IntArray, FloatArray]:
+        """(E, R) the next holes of each episode, -1 after the end; (E,) the value of going there.
+
+        Under ``rates`` a move is followed by all holes of its patch that are worth their minutes,
+        by the planner's price, without asking the network again; else R is 1.
+        """
+        if self.rules.feature_set != "rates":
+            hole, value = self.decide(observation, rng)
+            return hole[:, None], value
+        from envs.cryoem.rates import num_in_run, run_from
+
+        row, hole, value = self._best_candidate(observation)
+        left = self._minutes_left(observation)
+        visited = unpack_visited(observation, self.stack.shape.num_holes)
+        count = num_in_run(row, left, self.rules)
+        return run_from(self.stack, observation["session"][:, 0], visited, hole, count), value
+
+    def _minutes_left(self, observation: Observation) -> FloatArray:
+        return np.maximum(self.rules.budget_min - observation["elapsed_min"][:, 0], 0)
+
+    def _best_candidate(self, observation: Observation) -> tuple[FloatArray, IntArray, FloatArray]:
+        """(E, F) the row that the network prefers, (E,) its hole and its value."""
+        from envs.cryoem.belief import Layout
         from envs.cryoem.rates import candidate_rows
 
         session = observation["session"][:, 0]
-        left = np.maximum(self.rules.budget_min - observation["elapsed_min"][:, 0], 0)
+        key = session.tobytes()
+        if self._layout is None or self._layout[0] != key:
+            self._layout = key, Layout.of(self.stack, session, self.effects)
         rows, hole, mask = candidate_rows(
             self.stack,
             session,
             unpack_visited(observation, self.stack.shape.num_holes),
             observation["recent"][:, 0],
-            left,
+            self._minutes_left(observation),
             self.rules,
             self.effects,
+            layout=self._layout[1],
         )
         action, value = choose_and_value(self.network, {"rows": rows, "action_mask": mask})
-        return hole[np.arange(len(hole)), action], value
+        at = np.arange(len(hole)), action
+        return rows[at], hole[at], value

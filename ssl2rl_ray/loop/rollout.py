@@ -6,26 +6,69 @@ differ say how sure that is. Shape letters: M roll-outs side by side, N holes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from envs.cryoem.env import CryoEMVectorEnv
+from envs.cryoem.rewards import switch_level
 from envs.cryoem.stack import Observation, Policy, SessionStack
-from envs.cryoem.types import FloatArray, IntArray, NavigationConfig
+from envs.cryoem.types import (
+    BoolArray,
+    FloatArray,
+    HoleTable,
+    IntArray,
+    NavigationConfig,
+    RandomEffects,
+)
+
+
+def imagine(
+    table: HoleTable,
+    num_rollouts: int,
+    *,
+    exploration: float,
+    effects: RandomEffects,
+    rng: np.random.Generator,
+) -> list[HoleTable]:
+    """``num_rollouts`` sessions that might be this one, as far as the predictions can tell."""
+    p = np.clip(table.p_low_ctf, 1e-6, 1 - 1e-6)
+    logit = np.log(p / (1 - p))
+    out = []
+    for _ in range(num_rollouts):
+        u = (
+            effects.sd_grid * rng.standard_normal(len(table.grid_name))[table.grid_id]
+            + effects.sd_square * rng.standard_normal(len(table.square_name))[table.square_id]
+            + effects.sd_patch * rng.standard_normal(len(table.patch_name))[table.patch_id]
+        )
+        out.append(table.replace(p_low_ctf=1 / (1 + np.exp(-logit - exploration * u))))
+    return out
 
 
 @runtime_checkable
-class ValuedPolicy(Policy, Protocol):
-    """A policy that says what it thinks its move is worth: the learned ones."""
+class PlansRuns(Protocol):
+    """A planner that decides on several holes at once."""
+
+    def act_run(self, observation: Observation, rng: np.random.Generator) -> IntArray:
+        """(E, R) the next holes of each episode, -1 after the end of each run."""
+        ...
+
+
+@runtime_checkable
+class DecidesRuns(Protocol):
+    """A learned policy: it says what its move is worth."""
+
+    def decide_run(
+        self, observation: Observation, rng: np.random.Generator
+    ) -> tuple[IntArray, FloatArray]:
+        """``act_run``, and (E,) float32 the action value of the move that begins the run."""
+        ...
 
     def decide(
         self, observation: Observation, rng: np.random.Generator
     ) -> tuple[IntArray, FloatArray]:
-        """(E,) the next hole of each episode, and (E,) float32 the action value of going there."""
+        """(E,) the next hole of each episode, and (E,) float32 its action value."""
         ...
 
 
@@ -51,6 +94,7 @@ def roll_out_all(
     duration_min: float,
     exploration: float,
     rng: np.random.Generator,
+    is_by_run: bool = True,
     on_step: Callable[[float], None] | None = None,
 ) -> RollOut:
     """Visits every hole of the session (row 0 of the stack) M times.
@@ -66,64 +110,85 @@ def roll_out_all(
         rules: minutes of the moves, past steps shown; the budget is not read.
         start_hole: (M,) row of the hole where each begins.
         duration_min: minutes of a session.
-        exploration: probability that a move goes elsewhere than the policy would: to a random
+        exploration: probability that a decision goes elsewhere than the policy would: to a random
             unvisited hole as near as there is one (patch, else square, grid, any).
         rng: of the exploration and of policies that draw.
-        on_step: told the share of the holes visited, after every step.
+        is_by_run: policies that can decide on a run of holes within a patch do, which saves most
+            of the work; False: hole by hole, as in ``evaluate.roll_out``.
+        on_step: told the share of the holes visited by the slowest, after every decision.
     """
     num_holes, num_rollouts = int(stack.num_holes[0]), len(start_hole)
-    # The env's clock never ends an episode; ``rates`` rows are made by the policy, where needed.
-    endless = num_holes * max(rules.minutes) + 1
-    env = CryoEMVectorEnv(
-        stack,
-        dataclasses.replace(rules, budget_min=endless, feature_set="paper", action_level="hole"),
-        num_rollouts,
-    )
-    observation, _ = env.reset(
-        seed=int(rng.integers(2**31)),
-        options={"session": 0, "start_hole": np.asarray(start_hole)},
-    )
-    players = [
-        (policy, np.arange(first, num_rollouts, len(policies)))
-        for first, policy in enumerate(policies[:num_rollouts])
-    ]
-    has_values = all(isinstance(policy, ValuedPolicy) for policy in policies)
-    row = np.arange(num_rollouts)
+    visit_order = np.full((num_rollouts, num_holes), -1, np.int32)
+    visit_order[:, 0] = start_hole
+    visited = np.zeros((num_rollouts, stack.shape.num_holes), bool)
+    visited[np.arange(num_rollouts), start_hole] = True
+    num_visited = np.ones(num_rollouts, int)
+    num_switches = np.zeros((num_rollouts, 4), np.int64)
     began_min = np.zeros(num_rollouts)
-    hole = np.zeros(num_rollouts, np.int32)
-    worth = np.full(num_rollouts, np.nan, np.float32)
     value = np.full((num_rollouts, num_holes), np.nan, np.float32)
-    for step in range(1, num_holes):
-        elapsed_min = observation["elapsed_min"][:, 0]
+    parents = [ids[0] for ids in (stack.grid_id, stack.square_id, stack.patch_id)]
+    player = np.arange(num_rollouts) % len(policies)
+    has_values = all(isinstance(policy, DecidesRuns) for policy in policies)
+    back = np.arange(1, rules.num_past_steps + 1)
+
+    while (is_running := num_visited < num_holes).any():
+        elapsed_min = num_switches @ np.array(rules.minutes)
         began_min = np.where(elapsed_min - began_min > duration_min, elapsed_min, began_min)
-        seen = {**observation, "elapsed_min": (elapsed_min - began_min)[:, None]}
-        for policy, rows in players:
-            mine = {name: array[rows] for name, array in seen.items()}
-            if has_values:
-                assert isinstance(policy, ValuedPolicy)
-                hole[rows], worth[rows] = policy.decide(mine, rng)
-            else:
-                hole[rows] = policy.act(mine, rng)
-        if exploration:
-            wanders = np.flatnonzero(rng.random(num_rollouts) < exploration)
-            hole[wanders] = _nearby(env, wanders, rng)
-            worth[wanders] = np.nan
-        value[row, hole] = worth
-        observation, *_ = env.step_holes(hole)
+        for number, policy in enumerate(policies):
+            rows = np.flatnonzero(is_running & (player == number))
+            if not len(rows):
+                continue
+            at = num_visited[rows, None] - back
+            recent = np.where(at >= 0, visit_order[rows[:, None], np.maximum(at, 0)], -1)
+            observation = {
+                "visited": np.packbits(visited[rows], axis=1, bitorder="little"),
+                "recent": recent.astype(np.int32),
+                "elapsed_min": (elapsed_min - began_min)[rows, None].astype(np.float32),
+                "session": (rows % len(stack.num_holes))[:, None].astype(np.int32),
+            }
+            run, worth = _ask(policy, observation, rng, is_by_run)
+            if exploration and (wanders := rng.random(len(rows)) < exploration).any():
+                run[wanders] = -1
+                run[wanders, 0] = _nearby(stack, visited[rows[wanders]], recent[wanders, 0], rng)
+            turn, place = np.nonzero(run >= 0)
+            row, hole = rows[turn], run[turn, place]
+            visited[row, hole] = True
+            visit_order[row, num_visited[row] + place] = hole
+            value[row, hole] = worth[turn]
+            before = visit_order[row, num_visited[row] + place - 1]
+            switch = switch_level(*((ids[before], ids[hole]) for ids in parents))
+            np.add.at(num_switches, (row, switch), 1)
+            num_visited[rows] += (run >= 0).sum(1)
         if on_step:
-            on_step((step + 1) / num_holes)
+            on_step(float(num_visited.min() / num_holes))
     return RollOut(
-        visit_order=np.stack([env.visit_order(m) for m in range(num_rollouts)]).astype(np.int32),
+        visit_order=visit_order,
         value=value if has_values else None,
-        num_switches=env._num_switches.copy(),
+        num_switches=num_switches,
     )
 
 
-def _nearby(env: CryoEMVectorEnv, rows: IntArray, rng: np.random.Generator) -> IntArray:
-    """(R,) a random unvisited hole for each of these roll-outs, as near as there is one."""
-    stack, current = env.stack, env._recent[rows, 0]
-    near = np.zeros((len(rows), stack.shape.num_holes))
+def _ask(
+    policy: Policy, observation: Observation, rng: np.random.Generator, is_by_run: bool
+) -> tuple[IntArray, FloatArray]:
+    """(E, R) the next holes of each episode, -1 after the end, and (E,) their value or NaN."""
+    if isinstance(policy, DecidesRuns):
+        if is_by_run:
+            return policy.decide_run(observation, rng)
+        hole, worth = policy.decide(observation, rng)
+        return hole[:, None], worth
+    no_worth = np.full(len(observation["session"]), np.nan, np.float32)
+    if is_by_run and isinstance(policy, PlansRuns):
+        return policy.act_run(observation, rng), no_worth
+    return policy.act(observation, rng)[:, None], no_worth
+
+
+def _nearby(
+    stack: SessionStack, visited: BoolArray, current: IntArray, rng: np.random.Generator
+) -> IntArray:
+    """(E,) a random unvisited hole for each episode, as near as there is one."""
+    near = np.zeros(visited.shape)
     for ids in (stack.patch_id[0], stack.square_id[0], stack.grid_id[0]):
         near += ids == ids[current][:, None]
-    is_open = env.action_mask()[rows]
+    is_open = ~visited & (stack.patch_id[0] >= 0)
     return np.where(is_open, near + rng.random(near.shape), -1).argmax(1)
