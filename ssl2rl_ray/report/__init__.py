@@ -189,6 +189,8 @@ def format_report(document: Mapping[str, Any]) -> str:
             lines += [f"{q['title']} (test squares, mean ± 95 % over data sets)"]
             lines += [f"{'':<28}" + "".join(heads)]
             for row in table["rows"]:
+                if not any(cells[row["row"], f]["n"] for f in fractions):
+                    continue
                 texts = [cell_text(cells[row["row"], f], q["decimals"]) for f in fractions]
                 lines.append(f"{row['title']:<28}" + "".join(f"{text:>24}" for text in texts))
             lines.append("")

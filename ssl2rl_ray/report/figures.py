@@ -1,8 +1,8 @@
 """The figures: curves over rounds and over labelled fractions, with bands over data sets.
 
 ``figures`` turns results into plain panels of lines, ``points`` makes a table of them, ``draw`` a
-PNG. Colours are Okabe and Ito's, and no two lines of a panel share dash and marker, so that the
-figures also read without colour.
+PNG. Colours are Okabe and Ito's, and no two methods share a marker, so that the figures also read
+without colour.
 """
 
 from __future__ import annotations
@@ -13,33 +13,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssl2rl_ray.config import METHODS
-from ssl2rl_ray.report.results import GROUPS, Played, group, number_at, percent, title
+from ssl2rl_ray.report.results import GROUPS, Played, finite, group, number_at, percent, title
 from ssl2rl_ray.report.tables import figures_of
 
-Style = tuple[str, str, str]
+Dash = str | tuple[float, tuple[float, ...]]
+Style = tuple[str, Dash, str]
 """Colour, dash, marker."""
+_LONG: Dash = (0, (7, 2))
+_DOTTED: Dash = (0, (3, 1.2, 1, 1.2, 1, 1.2))
 _STYLES: dict[str, Style] = {
     "supervised": ("#7a7a7a", ":", "x"),
     "fixmatch": ("#cc79a7", "-.", "P"),
     "iterative-fixmatch": ("#000000", "--", "s"),
     "ssl2rl-120": ("#56b4e9", "-.", "^"),
     "ssl2rl-480": ("#0072b2", "-", "o"),
-    "full-labels": ("#009e73", ":", "D"),
+    "full-labels": ("#009e73", _LONG, "D"),
     "labelled-only": ("#7a7a7a", "-", "v"),
     "ranking": ("#e69f00", "-.", "<"),
     "planner": ("#d55e00", "-", ">"),
-    "true-labels": ("#009e73", ":", "*"),
+    "true-labels": ("#009e73", _DOTTED, "*"),
     "smooth": ("#cc79a7", "-.", "h"),
-    "posterior": ("#d55e00", "-", "p"),
-    "q-values": ("#e69f00", ":", "d"),
-    "labelled-rl": ("#cc79a7", "-.", "<"),
-    "no-movement-cost": ("#e69f00", ":", "d"),
-    # Figure 4 c-e: whose labels
-    "labels": ("#0072b2", "-", "o"),
+    "posterior": ("#882255", "-", "p"),
+    "q-values": ("#999933", ":", "d"),
+    "labelled-rl": ("#882255", "-.", "X"),
+    "no-movement-cost": ("#e69f00", ":", "8"),
+    # Figure 4 c-f: the classifier's own labels
     "own_ranking": ("#e69f00", "-.", "<"),
     "own_threshold": ("#000000", "--", "s"),
 }
-_STRANGER: Style = ("#5b3a8c", "-", "X")
+_STRANGER: Style = ("#5b3a8c", _LONG, "+")
 _REFERENCES = {
     "the paper's methods": ("labelled-only",),
     "controls": ("iterative-fixmatch", "ssl2rl-480"),
@@ -49,6 +51,9 @@ _REFERENCES = {
 }
 """What stands beside the methods of a group, so that the panels can be read alone."""
 _LEVELS = ("hole", "patch", "square", "grid")
+_BY_SCORE = ("ssl2rl-480", "planner", "smooth", "posterior", "q-values", "true-labels")
+"""Methods whose rules Figure 4 f compares."""
+_OWN = "the classifier's own ranking, at equal N_C"
 _BAND = "bands and bars: 95 % t interval over data sets"
 
 
@@ -113,11 +118,16 @@ def _figure_4(
     for letter, quantity in zip("cde", ("accuracy", "precision", "recall"), strict=True):
         lines = [
             _line_of_rounds(
-                played, str(loop), fraction, ("pseudo_labels", source, quantity), label, source
+                played,
+                str(loop),
+                fraction,
+                ("pseudo_labels", source, quantity),
+                label,
+                str(loop) if source == "labels" else source,
             )
             for source, label in (
-                ("labels", f"pseudo labels of {title(str(loop))}"),
-                ("own_ranking", "the classifier's own, at equal N_C"),
+                ("labels", title(str(loop))),
+                ("own_ranking", _OWN),
                 ("own_threshold", "the classifier's own, at its threshold"),
             )
         ]
@@ -132,8 +142,8 @@ def _figure_4(
         "lines. (c-e) Pseudo labels of the unlabelled training holes against the classifier's own, "
         "at the same number of positive labels (N_C) and at its own threshold: only the first of "
         "the two compares like with like. (f) Precision of the top share of the unlabelled holes "
-        "by the score of each rule, round 0, where all begin with the same classifier; "
-        f"{_BAND}.",
+        "by the score of each rule, round 0, where all begin with the same classifier (its "
+        f"intervals stand in the CSV); {_BAND}.",
         "alt": f"Six panels for {percent(fraction)} of the labels: precision and low-CTF holes "
         "over rounds by method; accuracy, precision and recall of the pseudo labels over rounds; "
         "precision at equal shares labelled positive.",
@@ -146,24 +156,23 @@ def _equal_number(
     played: Sequence[Played], methods: Sequence[str], fraction: float
 ) -> dict[str, Any]:
     """Precision against the share called positive, round 0: each rule, and f_0's own ranking."""
-    lines, own = [], {}
-    for method in methods:
-        by_x: dict[float, dict[int, float]] = {}
-        for p in played:
-            if p.method != method or p.labelled_fraction != fraction or not p.rounds:
-                continue
-            curve = (p.rounds[0].get("pseudo_labels") or {}).get("curve") or {}
-            columns = [curve.get(name) or [] for name in ("share", "labels", "own")]
-            for share, label, mine in zip(*columns, strict=False):
-                if isinstance(label, int | float):
-                    by_x.setdefault(share, {})[p.seed] = label
-                if isinstance(mine, int | float):
-                    own.setdefault(share, {})[p.seed] = mine
-        if METHODS[method].rule in ("self", "ranking") if method in METHODS else False:
-            continue  # these are the classifier's own order
-        lines.append(_line(title(method), method, by_x))
-    lines.insert(0, _line("the classifier's own order", "own_ranking", own))
-    return _panel("(f) precision at equal N_C, round 0", "share called low-CTF", "precision", lines)
+    rules: dict[str, dict[float, dict[int, float]]] = {}
+    own: dict[float, dict[int, float]] = {}
+    for p in played:
+        if p.labelled_fraction != fraction:
+            continue
+        curve = (p.rounds[0].get("pseudo_labels") or {}).get("curve") or {}
+        columns = [curve.get(name) or () for name in ("share", "labels", "own")]
+        for share, label, mine in zip(*columns, strict=False):
+            for by_x, value in ((rules.setdefault(p.method, {}), label), (own, mine)):
+                if finite(value) is not None:
+                    by_x.setdefault(share, {})[p.seed] = value
+    lines = [_line(_OWN, "own_ranking", own)]
+    lines += [_line(title(m), m, rules[m]) for m in _BY_SCORE if m in rules and m in methods]
+    panel = _panel(
+        "(f) precision at equal N_C, round 0", "share called low-CTF", "precision", lines
+    )
+    return panel | {"lines": [line | {"spread": "none"} for line in panel["lines"]]}
 
 
 def _figure_6(
@@ -188,7 +197,7 @@ def _figure_6(
                 for p in played:
                     if p.method == method and (value := p.at(kept_by, *path)) is not None:
                         by_x.setdefault(100 * p.labelled_fraction, {})[p.seed] = value
-                drawn.append(_line(title(method), method, by_x) | {"is_band": False})
+                drawn.append(_line(title(method), method, by_x) | {"spread": "bars"})
             panel = _panel(f"{name}: {quantity}", "labels used, %", quantity, drawn)
             panel["x_ticks"] = [100 * f for f in fractions]
             panels.append(panel)
@@ -271,7 +280,9 @@ def _inconsistency(
                         played, method, fraction, ("roll_out", name, level),
                         title(method) + what, method,
                     )  # fmt: skip
-                    lines.append(line | {"is_bound": bool(what), "is_band": not what})
+                    lines.append(
+                        line | {"spread": "none" if what else "band", "is_bound": bool(what)}
+                    )
             panels.append(_panel(f"{percent(fraction)}: {level}", "round", "R_B", lines))
     return {
         "title": "Inconsistency of the pseudo labels, beside its bound",
@@ -364,7 +375,7 @@ def _line(label: str, style: str, by_x: Mapping[float, Mapping[int, float]]) -> 
         "mean": [cell["mean"] for _, cell in found],
         "low": [cell["ci95"][0] for _, cell in found],
         "high": [cell["ci95"][1] for _, cell in found],
-        "is_band": True,
+        "spread": "band",
     }
 
 
@@ -399,10 +410,12 @@ def draw(figure: Mapping[str, Any]) -> bytes:
     panels, columns = figure["panels"], figure["columns"]
     rows = -(-len(panels) // columns)
     labels: dict[str, Any] = {}
-    num_lines = len({line["label"] for panel in panels for line in panel["lines"]})
-    legend_rows = -(-num_lines // 3)
+    names = {line["label"] for p in panels for line in p["lines"] if not line.get("is_bound")}
+    legend_rows = -(-(len(names) + 1) // 3)
     width, height = max(3.3 * columns, 6.6), 2.6 * rows + 0.24 * legend_rows + 0.3
     page = Figure(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
+    engine: Any = page.get_layout_engine()
+    engine.set(w_pad=0.08, h_pad=0.07, wspace=0.03)
     canvas = FigureCanvasAgg(page)
     for place, panel in enumerate(panels):
         axes = page.add_subplot(rows, columns, place + 1)
@@ -432,37 +445,36 @@ def _draw_panel(axes: Any, panel: Mapping[str, Any], labels: dict[str, Any]) -> 
         colour, dash, marker = _STYLES.get(line["style"], _STRANGER)
         look: dict[str, Any] = {"color": colour, "ls": dash, "lw": 1.5, "zorder": 3}
         if line.get("is_bound"):
-            look |= {"ls": (0, (1, 2)), "lw": 0.9, "marker": None}
+            look |= {"ls": (0, (1, 2)), "lw": 0.9}
         elif not line.get("is_level"):
-            look |= {"marker": marker, "ms": 4.2, "mec": "white", "mew": 0.4}
-            if marker in "xP*X":
-                look |= {"mec": colour, "ms": 5}
-        low, high = (
-            [bound if bound is not None else mean for bound, mean in zip(line[b], line["mean"],
-                                                                         strict=True)]
-            for b in ("low", "high")
-        )  # fmt: skip
+            look |= {"marker": marker, "ms": 4.4, "mec": colour if marker in "x+" else "white"}
+            look |= {"mew": 1.0 if marker in "x+" else 0.4}
+        mean = line["mean"]
+        low, high = (  # of one data set there is no interval
+            [m if bound is None else bound for m, bound in zip(mean, line[name], strict=True)]
+            for name in ("low", "high")
+        )
+        x = line["x"]
+        if line["spread"] == "bars":
+            x = [value + 0.07 * gap * (i - (len(lines) - 1) / 2) for value in x]
+            error = [
+                [m - bound for m, bound in zip(mean, low, strict=True)],
+                [bound - m for m, bound in zip(mean, high, strict=True)],
+            ]
+            axes.errorbar(x, mean, yerr=error, fmt="none", ecolor=colour, elinewidth=1)
         if line.get("is_level"):
-            drawn = axes.axhline(line["mean"][0], **look)
-        elif line["is_band"]:
-            (drawn,) = axes.plot(line["x"], line["mean"], **look)
-            axes.fill_between(line["x"], low, high, color=colour, alpha=0.1, lw=0)
+            drawn = axes.axhline(mean[0], **look)
         else:
-            shift = 0.0 if line.get("is_bound") else 0.07 * gap * (i - (len(lines) - 1) / 2)
-            x = [value + shift for value in line["x"]]
-            (drawn,) = axes.plot(x, line["mean"], **look)
-            if not line.get("is_bound"):
-                error = [
-                    [m - a for m, a in zip(line["mean"], low, strict=True)],
-                    [b - m for m, b in zip(line["mean"], high, strict=True)],
-                ]
-                axes.errorbar(x, line["mean"], yerr=error, fmt="none", ecolor=colour, elinewidth=1)
+            (drawn,) = axes.plot(x, mean, **look)
+            if line["spread"] == "band":
+                axes.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
         if "kept_share" in line:
             axes.scatter(
                 line["x"], line["mean"], s=[220 * share for share in line["kept_share"]],
                 facecolors="none", edgecolors=colour, linewidths=1.1, zorder=4,
             )  # fmt: skip
-        labels.setdefault(line["label"], drawn)
+        label = "its bound" if line.get("is_bound") else line["label"]
+        labels.setdefault(label, drawn)
     axes.set_title(_plain(panel["title"]), fontsize=9.5, loc="left")
     axes.set_xlabel(panel["x_label"], fontsize=8.5)
     axes.set_ylabel(panel["y_label"], fontsize=8.5)

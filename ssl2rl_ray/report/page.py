@@ -26,7 +26,7 @@ a { color: var(--blue); }
 .lead, figcaption, .caption, footer { color: var(--soft); font-size: .9rem; }
 nav { background: var(--band); padding: .7rem 1rem; margin: 1.2rem 0; font-size: .92rem; }
 nav ul { columns: 20rem; margin: .3rem 0 0; padding-left: 1.1rem; max-width: none; }
-.note { border-left: 3px solid #c98a00; padding-left: .8rem; }
+.note { border-left: 3px solid #c98a00; padding-left: 1.6rem; font-size: .92rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top;
@@ -35,6 +35,7 @@ thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
 th[scope=row] { font-weight: normal; min-width: 9.5rem; padding-right: 1rem; }
 td { white-space: nowrap; }
 tr.group th { background: var(--band); font-weight: 600; font-size: .8rem; padding-left: .4rem; }
+td .n { color: var(--soft); font-size: .76rem; }
 td small, th small { display: block; color: var(--soft); font-size: .76rem; font-weight: normal; }
 td.established { font-weight: 600; }
 td.none { color: var(--soft); }
@@ -188,7 +189,7 @@ def _values(
     at = {(cell["row"], cell["labelled_fraction"]): cell for cell in cells}
     heads = "".join(f'<th scope="col">{percent(f)} labelled</th>' for f in fractions)
     lines = []
-    for heading, row in _grouped(rows, {cell["row"] for cell in cells if cell["n"]}):
+    for heading, row in _grouped(rows, {cell["row"] for cell in cells}):
         if heading is not None:
             lines.append(_heading(heading, 1 + len(fractions)))
         line = "".join(_cell(at.get((row["row"], f)), decimals) for f in fractions)
@@ -211,12 +212,11 @@ def _cell(cell: Mapping[str, Any] | None, decimals: int, *, sign: bool = False) 
         below = f"<small>{_ONE}</small>"
     else:
         mean, half = number(cell["mean"], decimals, sign=sign), number(cell["half_width"], decimals)
-        text = f"{mean} ± {half}"
-        below = f"<small>n={cell['n']}</small>"
+        text = f'{mean} ± {half} <span class="n">n={cell["n"]}</span>'
         if "is_established" in cell:
-            word = "established" if cell["is_established"] else "not established"
-            kind = ' class="established"' if cell["is_established"] else ""
-            below = f"<small>{word}, n={cell['n']}</small>"
+            is_sure = cell["is_established"]
+            below = f"<small>{'established' if is_sure else 'not established'}</small>"
+            kind = ' class="established"' if is_sure else ""
     paper = cell.get("paper")
     if paper == NOT_AT_HAND:
         below += f'<small>paper: {NOT_AT_HAND}<a href="#paper-note">¹</a></small>'
@@ -242,7 +242,7 @@ def _differences(
     for heading, row in _grouped(table["rows"], {d["row"] for d in differences if d["n"]}):
         if heading is not None:
             lines.append(_heading(heading, 1 + len(columns)))
-        line = "".join(_cell(at.get((row["row"], *c)), decimals, sign=True) for c in columns)
+        line = "".join(_cell(at.get((row["row"], *c)), decimals + 1, sign=True) for c in columns)
         lines.append(f'<tr><th scope="row">{escape(row["title"])}</th>{line}</tr>')
     return _scroll(
         f'<table><thead><tr><th scope="col">method</th>{heads}</tr></thead>'

@@ -96,6 +96,11 @@ def number_at(value: Any, *path: str) -> float | None:
         if not isinstance(value, Mapping):
             return None
         value = value.get(name)
+    return finite(value)
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None of what is none: null, NaN, text, true."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ssl2rl_ray.report.results import CONTROLS, GROUPS, Played, group, number_at, title
+from ssl2rl_ray.report.results import CONTROLS, GROUPS, Played, group, in_order, number_at, title
 from ssl2rl_ray.stats import or_none, summarize
 
 NOT_AT_HAND = "not at hand"
@@ -45,6 +45,8 @@ AGAINST = ("iterative-fixmatch", "labelled-only")
 """What every method is compared with."""
 PAPER_NAVIGATORS = ("dqn", "rainbow", "a2c")
 """Algorithms of the paper's table 4."""
+_ALWAYS = (*GROUPS["the paper's methods"], *CONTROLS)
+"""Rows of tables 1 and 2, run or not."""
 _LEVELS = ("grid", "square", "patch", "hole")
 
 Key = tuple[int, float]
@@ -183,7 +185,7 @@ def tables(
         navigators: the main one first.
     """
 
-    def rows(kept_by: str) -> list[_Row]:
+    def rows(kept_by: str, *, is_whole: bool = False) -> list[_Row]:
         return [
             _Row(
                 name=name,
@@ -193,7 +195,7 @@ def tables(
                 navigator=main,
                 kept_by=kept_by,
             )
-            for name in methods
+            for name in (in_order((*methods, *_ALWAYS)) if is_whole else methods)
         ]
 
     returns = [
@@ -214,21 +216,18 @@ def tables(
             ("accuracy_at_median", "Accuracy at the median (equal positive share)"),
         )
     ]
-    no_run = [
-        m
-        for m in (*GROUPS["the paper's methods"], *CONTROLS)
-        if m not in methods
-    ]  # fmt: skip
+    no_run = [name for name in _ALWAYS if name not in methods]
     missing = f" No run of: {', '.join(map(title, no_run))}." if no_run else ""
     return {
         "table1": _table(
-            played, rows("reward"), returns, fractions, AGAINST,
+            played, rows("reward", is_whole=True), returns, fractions, AGAINST,
             title="Table 1: return of the navigation policy",
-            caption="Episode return on the test squares of the round that was kept by its return "
-            "on the selection squares." + missing,
+            caption="Episode return on the test squares, of the round that was kept by its return "
+            "on the selection squares: in sessions as long as the method's RL was trained for, else "
+            "in the longest." + missing,
         ),
         "table2": _table(
-            played, rows("accuracy"), of_classifier, fractions, AGAINST,
+            played, rows("accuracy", is_whole=True), of_classifier, fractions, AGAINST,
             title="Table 2: quality of the classifier",
             caption="On the test squares, of the round that was kept by its accuracy on the "
             "selection squares. N_C sets a classifier's positive share, and with it its precision, "
@@ -392,7 +391,8 @@ def number(value: float | None, decimals: int, *, sign: bool = False) -> str:
     """A figure as tables print it, with a true minus; a dash where it is not defined."""
     if value is None:
         return "–"
-    text = f"{value:+.{decimals}f}" if sign else f"{value:.{decimals}f}"
+    value = round(value, decimals) + 0.0  # no minus before a zero
+    text = f"{value:+.{decimals}f}" if sign and value else f"{value:.{decimals}f}"
     return text.replace("-", "−")
 
 
