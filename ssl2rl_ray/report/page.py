@@ -21,18 +21,24 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .4rem; padding-top: .6rem;
   border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
+h4 { font-size: .9rem; margin: 1rem 0 .2rem; }
+.beside { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; align-items: flex-end; }
+.beside table { font-size: .8rem; }
+.beside th, .beside td { padding-right: .5rem; }
+.beside th:first-child { width: 8.2rem; min-width: 7rem; }
 p, ul { margin: .4rem 0; max-width: 48rem; }
 a { color: var(--blue); }
 .lead, figcaption, .caption, footer { color: var(--soft); font-size: .9rem; }
 nav { background: var(--band); padding: .7rem 1rem; margin: 1.2rem 0; font-size: .92rem; }
-nav ul { columns: 20rem; margin: .3rem 0 0; padding-left: 1.1rem; max-width: none; }
+nav ul { columns: 20rem; column-gap: 2.5rem; margin: .3rem 0 0; padding-left: 1.1rem;
+  max-width: none; }
 .note { border-left: 3px solid #c98a00; padding-left: 1.6rem; font-size: .92rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
-th[scope=row] { font-weight: normal; min-width: 9.5rem; padding-right: 1rem; }
+th[scope=row] { font-weight: normal; min-width: 8.5rem; padding-right: 1rem; }
 td { white-space: nowrap; }
 tr.group th { background: var(--band); font-weight: 600; font-size: .8rem; padding-left: .4rem; }
 td .n { color: var(--soft); font-size: .76rem; }
@@ -51,7 +57,7 @@ code { font-size: .88em; overflow-wrap: anywhere; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
-  h2, h3 { break-after: avoid; }
+  h2, h3, h4 { break-after: avoid; }
   tr, figure { break-inside: avoid; }
   .scroll { overflow: visible; }
   figure .scroll img.wide { min-width: 0; }
@@ -170,34 +176,67 @@ def _about(document: Mapping[str, Any]) -> str:
 
 def _table(name: str, table: Mapping[str, Any]) -> str:
     parts = [f'<p class="caption">{escape(table["caption"])}</p>', _links(name, table)]
+    titles = {row["row"]: row["title"] for row in table["rows"]}
     for quantity in table["quantities"]:
-        key = quantity["name"]
-        cells = [c for c in table["cells"] if c["quantity"] == key]
-        differences = [d for d in table["differences"] if d["quantity"] == key]
+        cells = [c for c in table["cells"] if c["quantity"] == quantity["name"]]
+        decimals = quantity["decimals"]
         parts.append(f"<h3>{escape(quantity['title'])}</h3>")
-        parts.append(_values(table["rows"], cells, quantity["decimals"]))
+        parts.append(_by_fraction(table["rows"], cells, decimals, "method"))
+        differences = []
+        for other in table["against"]:
+            found = [
+                d
+                for d in table["differences"]
+                if d["quantity"] == quantity["name"] and d["against"] == other
+            ]
+            has_any = {d["row"] for d in found if d["n"]}
+            if found := [d for d in found if d["row"] in has_any]:
+                less = f"less {titles[other]}"
+                differences.append(
+                    _by_fraction(table["rows"], found, decimals + 1, less, sign=True)
+                )
         if differences:
-            parts.append("<h3>" + escape(f"{quantity['title']}: paired differences") + "</h3>")
-            parts.append(_differences(table, differences, quantity["decimals"]))
+            parts.append(f"<h4>{escape(quantity['title'])}: paired differences</h4>")
+            parts.append(f'<div class="beside">{"".join(differences)}</div>')
     return "\n".join(parts)
 
 
-def _values(
-    rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]], decimals: int
+def _by_fraction(
+    rows: Sequence[Mapping[str, Any]],
+    cells: Sequence[Mapping[str, Any]],
+    decimals: int,
+    heading: str,
+    *,
+    sign: bool = False,
 ) -> str:
+    """Rows by labelled fraction; ``heading`` stands above the names of the rows."""
     fractions = sorted({cell["labelled_fraction"] for cell in cells})
     at = {(cell["row"], cell["labelled_fraction"]): cell for cell in cells}
     heads = "".join(f'<th scope="col">{percent(f)} labelled</th>' for f in fractions)
     lines = []
-    for heading, row in _grouped(rows, {cell["row"] for cell in cells}):
-        if heading is not None:
-            lines.append(_heading(heading, 1 + len(fractions)))
-        line = "".join(_cell(at.get((row["row"], f)), decimals) for f in fractions)
+    for above, row in _grouped(rows, {cell["row"] for cell in cells}):
+        if above is not None:
+            lines.append(
+                f'<tr class="group"><th colspan="{1 + len(fractions)}" scope="colgroup">'
+                f"{escape(above)}</th></tr>"
+            )
+        line = "".join(_cell(at.get((row["row"], f)), decimals, sign=sign) for f in fractions)
         lines.append(f'<tr><th scope="row">{escape(row["title"])}</th>{line}</tr>')
     return _scroll(
-        f'<table><thead><tr><th scope="col">method</th>{heads}</tr></thead>'
+        f'<table><thead><tr><th scope="col">{escape(heading)}</th>{heads}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table>"
     )
+
+
+def _grouped(
+    rows: Sequence[Mapping[str, Any]], wanted: set[str]
+) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
+    """The wanted rows, each with its heading where a group begins."""
+    last = None
+    for row in rows:
+        if row["row"] in wanted:
+            yield (row["group"] if row["group"] != last else None), row
+            last = row["group"]
 
 
 def _cell(cell: Mapping[str, Any] | None, decimals: int, *, sign: bool = False) -> str:
@@ -212,62 +251,19 @@ def _cell(cell: Mapping[str, Any] | None, decimals: int, *, sign: bool = False) 
         below = f"<small>{_ONE}</small>"
     else:
         mean, half = number(cell["mean"], decimals, sign=sign), number(cell["half_width"], decimals)
-        text = f'{mean} ± {half} <span class="n">n={cell["n"]}</span>'
+        text = f"{mean} ± {half}"
         if "is_established" in cell:
-            is_sure = cell["is_established"]
-            below = f"<small>{'established' if is_sure else 'not established'}</small>"
-            kind = ' class="established"' if is_sure else ""
+            word = "established" if cell["is_established"] else "not established"
+            kind = ' class="established"' if cell["is_established"] else ""
+            below = f"<small>{word}, n={cell['n']}</small>"
+        else:
+            text += f' <span class="n">n={cell["n"]}</span>'
     paper = cell.get("paper")
     if paper == NOT_AT_HAND:
         below += f'<small>paper: {NOT_AT_HAND}<a href="#paper-note">¹</a></small>'
     elif paper is not None:
         below += f"<small>paper: {number(paper, 3)}</small>"
     return f"<td{kind}>{text}{below}</td>"
-
-
-def _differences(
-    table: Mapping[str, Any], differences: Sequence[Mapping[str, Any]], decimals: int
-) -> str:
-    titles = {row["row"]: row["title"] for row in table["rows"]}
-    fractions = sorted({d["labelled_fraction"] for d in differences})
-    at = {(d["row"], d["labelled_fraction"], d["against"]): d for d in differences}
-    columns = [
-        (f, a) for f in fractions for a in table["against"] if any(k[1:] == (f, a) for k in at)
-    ]
-    heads = "".join(
-        f'<th scope="col">{percent(f)}<small>less {_wrapped(titles[a])}</small></th>'
-        for f, a in columns
-    )
-    lines = []
-    for heading, row in _grouped(table["rows"], {d["row"] for d in differences if d["n"]}):
-        if heading is not None:
-            lines.append(_heading(heading, 1 + len(columns)))
-        line = "".join(_cell(at.get((row["row"], *c)), decimals + 1, sign=True) for c in columns)
-        lines.append(f'<tr><th scope="row">{escape(row["title"])}</th>{line}</tr>')
-    return _scroll(
-        f'<table><thead><tr><th scope="col">method</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table>"
-    )
-
-
-def _wrapped(text: str) -> str:
-    """A row's name over several short lines, for the head of a column."""
-    return "<br>".join(escape(part) for part in text.split(", "))
-
-
-def _grouped(
-    rows: Sequence[Mapping[str, Any]], wanted: set[str]
-) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
-    """Rows that have a number somewhere, each with its heading where a group begins."""
-    last = None
-    for row in rows:
-        if row["row"] in wanted:
-            yield (row["group"] if row["group"] != last else None), row
-            last = row["group"]
-
-
-def _heading(text: str, columns: int) -> str:
-    return f'<tr class="group"><th colspan="{columns}" scope="colgroup">{escape(text)}</th></tr>'
 
 
 def _anova(table: Mapping[str, Any]) -> str:

@@ -223,8 +223,8 @@ def tables(
             played, rows("reward", is_whole=True), returns, fractions, AGAINST,
             title="Table 1: return of the navigation policy",
             caption="Episode return on the test squares, of the round that was kept by its return "
-            "on the selection squares: in sessions as long as the method's RL was trained for, else "
-            "in the longest." + missing,
+            "on the selection squares, in sessions as long as the method's RL was trained for, or "
+            "else the longest." + missing,
         ),
         "table2": _table(
             played, rows("accuracy", is_whole=True), of_classifier, fractions, AGAINST,
@@ -274,11 +274,14 @@ def _ablations(
 ) -> dict[str, Any]:
     """Algorithms and ablations; every row quotes return and accuracy of the same kept round."""
 
-    def row(method: str, navigator: str, kept_by: str, heading: str) -> _Row:
+    def row(method: str, navigator: str, kept_by: str, heading: str = "") -> _Row:
+        is_varied = not heading
+        heading = heading or "algorithm, and what the round is kept by"
         return _Row(
             name=f"{method}/{navigator}/{kept_by}",
-            title=f"{title(method)}, {navigator.upper() if navigator == 'dqn' else navigator}"
-            f", kept by {kept_by}",
+            title=f"{title(method)}, {navigator}, kept by {kept_by}"
+            if is_varied
+            else title(method),
             group=heading,
             method=method,
             navigator=navigator,
@@ -287,16 +290,20 @@ def _ablations(
 
     has = {(p.method, p.navigator) for p in played}
     rows = [
-        row(method, navigator, kept_by, "algorithm, and what the round is kept by")
+        row(method, navigator, kept_by)
         for method in ("ssl2rl-480", "ssl2rl-120")
         for navigator in navigators
         for kept_by in ("reward", "accuracy")
         if (method, navigator) in has
     ]
     base = rows[0].name if rows else None
-    rows += [row(m, main, "reward", "ablations") for m in GROUPS["ablations"] if m in methods]
     rows += [
-        row(m, main, "reward", "controls and reference")
+        row(m, main, "reward", f"ablations ({main}, kept by reward)")
+        for m in GROUPS["ablations"]
+        if m in methods
+    ]
+    rows += [
+        row(m, main, "reward", f"controls and reference ({main}, kept by reward)")
         for m in ("iterative-fixmatch", *CONTROLS)
         if m in methods
     ]
