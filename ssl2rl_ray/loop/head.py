@@ -1,1 +1,272 @@
-"""A head."""
+"""A classifier for sessions that bring predictions and no images: a logistic head on their logit.
+
+    logit P(low) = a + b_within x_within + b_patch x_patch + b_square x_square + b_grid x_grid
+
+x is the logit that the session brings (CryoRL's mapping of predicted Å, or that of ``p_low_ctf``),
+split by the hierarchy as in ``perception.posterior``, but without random effects: neighbours'
+labels are the posterior's business, as with images. It stands in for the image network, so that
+every other stage of the loop meets a real session. Five coefficients have a unique optimum, which
+Newton's method finds: no seed but that of the folds, no epochs, no learning rate.
+
+Ridge: the coefficients are N(where they begin, 1) a priori; f_0 begins at the prediction taken at
+its word, f_k at f_(k-1). Shape letters: N holes of the session, L holes learned from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from scipy.special import expit, logit
+
+from envs.cryoem.calibration import uncalibrated_p
+from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray
+from ssl2rl_ray.config import SSL2RLRunConfig
+from ssl2rl_ray.data.folder import read_dataset
+from ssl2rl_ray.data.splits import folds, marks
+from ssl2rl_ray.data.text import DataError
+from ssl2rl_ray.perception.metrics import fit_temperature
+from ssl2rl_ray.perception.posterior import HierarchicalPosterior, fit_posterior, logit_parts
+from ssl2rl_ray.perception.sample import Sample, read_pseudo_labels
+from ssl2rl_ray.runs import write_text
+
+if TYPE_CHECKING:
+    from ssl2rl_ray.loop.stages import Task
+
+_FOLDS = 4  # stream of random numbers of the seed, that of the image classifier's folds
+_AT_ITS_WORD = np.array([0.0, 1.0, 1.0, 1.0, 1.0])  # a, b_within, b_patch, b_square, b_grid
+_LARGEST_LOGIT = 5.0
+_LARGEST_CTF_A = 9.0  # as in ``envs.cryoem.calibration``: worse predictions are all the same
+_MAX_STEPS = 100
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Head:
+    """What ``perception.model.Model`` is to images."""
+
+    coefficients: FloatArray
+    """(5,) a, b_within, b_patch, b_square, b_grid."""
+    temperature: float
+    """The logits are divided by it; 1 = not fitted."""
+    posterior: HierarchicalPosterior | None
+    """Of an f_0 with folds."""
+    cross_fitted: Mapping[str, float]
+    """``data.splits.marks`` of the labels of an f_0 with folds, and the logit of a head that did
+    not see that label; temperature not applied."""
+    labels_seen: frozenset[str]
+    """Marks of all labels learned from."""
+
+    def logits(self, table: HoleTable) -> FloatArray:
+        """(N,) cross-fitted where it saw the label; NaN without a prediction."""
+        x = given_logit(table)
+        out = np.where(np.isfinite(x), self.coefficients @ _design(table, x), np.nan)
+        rows = np.flatnonzero(np.isfinite(table.ctf_max_resolution_A) & np.isfinite(x))
+        own = [self.cross_fitted.get(mark, np.nan) for mark in marks(table, rows)]
+        out[rows] = np.where(np.isnan(own), out[rows], own)
+        return out
+
+    def save(self, folder: Path) -> None:
+        """Writes ``head.json``, whole or not at all."""
+        values = {
+            "coefficients": self.coefficients.tolist(),
+            "temperature": self.temperature,
+            "posterior": None if self.posterior is None else self.posterior.to_json(),
+            "cross_fitted": dict(self.cross_fitted),
+            "labels_seen": sorted(self.labels_seen),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "head.json", json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Inverse of ``save``; raises ValueError where the folder holds no head."""
+        try:
+            found = json.loads((folder / "head.json").read_text(encoding="utf-8"))
+            posterior = found["posterior"]
+            return cls(
+                coefficients=np.array(found["coefficients"], float).reshape(5),
+                temperature=float(found["temperature"]),
+                posterior=None if posterior is None else HierarchicalPosterior.from_json(posterior),
+                cross_fitted={k: float(v) for k, v in dict(found["cross_fitted"]).items()},
+                labels_seen=frozenset(found["labels_seen"]),
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder / 'head.json'} is missing or damaged ({error}): remove that folder and "
+                "resume the run"
+            ) from error
+
+
+def sample_of(config: SSL2RLRunConfig) -> Sample:
+    """The dataset of the config, holes with a prediction in the place of those with an image.
+
+    Its images are empty, (N, 1, 1).
+
+    Raises:
+        DataError: no such dataset, or one without predictions or without labels.
+    """
+    path = config.data.dataset
+    assert path is not None  # ``config.check``
+    table = read_dataset(path).table
+    has_prediction = np.isfinite(given_logit(table))
+    if not has_prediction.any():
+        raise DataError(
+            f"{path} has no predictions for classifier.network head: import them "
+            "(`ssl2rl import cryorl --predictions FILE`), or images for network resnet18 or cnn"
+        )
+    if not (has_prediction & table.is_labelled).any():
+        raise DataError(f"{path} has no labelled hole with a prediction: nothing to learn from")
+    images = np.zeros((len(table), 1, 1), np.uint8)
+    return Sample(table=table, images=images, has_image=has_prediction)
+
+
+def given_logit(table: HoleTable) -> FloatArray:
+    """(N,) x, the logit of the predictions that a table brings; NaN without one.
+
+    CryoRL's mapping 6 - Å (at most 9 Å) where there is any predicted Å, else the logit of
+    ``p_low_ctf``, held within 5. Probabilities that are all 0.5 are those of a table without
+    predictions.
+    """
+    predicted = table.predicted_ctf_A
+    if np.isfinite(predicted).any():
+        return logit(uncalibrated_p(np.minimum(predicted, _LARGEST_CTF_A)))
+    if (table.p_low_ctf == 0.5).all():
+        return np.full(len(table), np.nan)
+    with np.errstate(divide="ignore"):  # of p exactly 0 or 1
+        return np.clip(logit(table.p_low_ctf), -_LARGEST_LOGIT, _LARGEST_LOGIT)
+
+
+def pretrain(task: Task, folder: Path, *, has_all_labels: bool) -> Path:
+    """f_0: the given prediction, calibrated on the labelled holes; written once.
+
+    ``pretraining.num_folds`` more heads, each without a part of the labels, give the temperature
+    and the hierarchical posterior, as for images.
+
+    Args:
+        task: the run's.
+        folder: of ``head.json``.
+        has_all_labels: learns from every labelled hole of the training squares.
+
+    Raises:
+        ValueError: more folds than labels.
+    """
+    if (folder / "head.json").exists():
+        return folder
+    table, config = task.table, task.config
+    rows = np.flatnonzero(task.is_labelled)
+    if has_all_labels:
+        rows = task.train[(table.is_labelled & task.has_image)[task.train]]
+    num_folds, is_low = config.pretraining.num_folds, task.truth == 1
+    if num_folds > len(rows):
+        raise ValueError(
+            f"pretraining.num_folds: {num_folds} parts of {len(rows)} labelled holes; lower it, "
+            "set it to 0, or raise data.labelled_fraction"
+        )
+    design = _design(table, given_logit(table))
+
+    def fit(learned: IntArray) -> FloatArray:
+        weight = np.full(len(learned), 1 / len(learned))
+        return fit_ridge(
+            design[:, learned], is_low[learned], weight, _AT_ITS_WORD, 1 / len(learned)
+        )
+
+    coefficients = fit(rows)
+    out = coefficients @ design
+    for part in folds(rows, num_folds, np.random.default_rng([config.seed, _FOLDS])):
+        out[part] = fit(np.setdiff1d(rows, part)) @ design[:, part]
+    is_known = np.isin(np.arange(len(table)), rows)
+    learned = marks(table, rows)
+    Head(
+        coefficients=coefficients,
+        temperature=fit_temperature(out[rows], is_low[rows]) if num_folds else 1.0,
+        posterior=fit_posterior(table, out, is_low, is_known) if num_folds else None,
+        cross_fitted=dict(zip(learned, out[rows].tolist(), strict=True)) if num_folds else {},
+        labels_seen=frozenset(learned),
+    ).save(folder)
+    return folder
+
+
+def finetune(task: Task, initial: Path, labels: Path | None, folder: Path) -> Path:
+    """f_k from f_(k-1): the least of SSL²-RL's loss (section 3) near where it begins; written once.
+
+    mean loss of the labelled holes + ``finetuning.unsupervised_weight`` x mean loss of the
+    pseudo-labelled ones, each in proportion to its confidence, + ridge / L.
+
+    Args:
+        task: the run's.
+        initial: folder of f_(k-1).
+        labels: file of pseudo labels; None: learns from the labelled holes only.
+        folder: of ``head.json``.
+
+    Raises:
+        DataError: as ``read_pseudo_labels``.
+        ValueError: no head in ``initial``.
+    """
+    if (folder / "head.json").exists():
+        return folder
+    table, begun = task.table, Head.load(initial)
+    known = np.flatnonzero(task.is_labelled)
+    rows, is_low = known, (task.truth == 1)[known]
+    weight = np.full(len(known), 1 / len(known))
+    if labels is not None:
+        label, confidence = read_pseudo_labels(str(labels), table)
+        is_open = np.isfinite(label) & (confidence > 0)
+        is_open[~np.isin(np.arange(len(table)), task.split.unlabelled)] = False
+        pseudo = np.flatnonzero(is_open)
+        share = confidence[pseudo] / confidence[pseudo].sum()
+        rows, is_low = np.r_[known, pseudo], np.r_[is_low, label[pseudo] == 1]
+        weight = np.r_[weight, task.config.finetuning.unsupervised_weight * share]
+    design = _design(table, given_logit(table))[:, rows]
+    Head(
+        coefficients=fit_ridge(design, is_low, weight, begun.coefficients, 1 / len(known)),
+        temperature=1.0,
+        posterior=None,
+        cross_fitted={},
+        labels_seen=begun.labels_seen | frozenset(marks(table, known)),
+    ).save(folder)
+    return folder
+
+
+def fit_ridge(
+    design: FloatArray, is_low: BoolArray, weight: FloatArray, begin: FloatArray, ridge: float
+) -> FloatArray:
+    """(F,) beta that minimises sum_i weight_i loss_i + ridge / 2 |beta - begin|².
+
+    Newton's method with halved steps: the objective is strictly convex and falls in every step.
+
+    Args:
+        design: (F, L).
+        is_low: (L,) labels.
+        weight: (L,) 0 or more, of the logistic losses.
+        begin: (F,) where beta begins and is drawn to.
+        ridge: above 0.
+    """
+    sign = np.where(is_low, 1.0, -1.0)
+
+    def objective(beta: FloatArray) -> float:
+        losses = np.logaddexp(0, -sign * (beta @ design))
+        return float(weight @ losses + ridge / 2 * ((beta - begin) ** 2).sum())
+
+    beta, value = np.array(begin, float), objective(begin)
+    for _ in range(_MAX_STEPS):
+        p = expit(beta @ design)
+        slope = design @ (weight * (p - is_low)) + ridge * (beta - begin)
+        curvature = (design * (weight * p * (1 - p))) @ design.T + ridge * np.eye(len(beta))
+        step = np.linalg.solve(curvature, slope)
+        size = 1.0
+        while size > 1e-6 and objective(beta - size * step) > value:
+            size /= 2
+        if size <= 1e-6 or np.abs(step).max() < 1e-10:
+            break
+        beta = beta - size * step
+        value = objective(beta)
+    return beta
+
+
+def _design(table: HoleTable, x: FloatArray) -> FloatArray:
+    """(5, N) ones and the parts of x within patch, of patch, square and grid."""
+    return np.vstack([np.ones(len(table)), logit_parts(table, x)])

@@ -91,7 +91,7 @@ class HierarchicalPosterior:
             ValueError: not one logit a hole, or none at all.
         """
         slopes = (self.slope_within, self.slope_patch, self.slope_square, self.slope_grid)
-        return self.intercept + np.array(slopes) @ _parts(table, logit)
+        return self.intercept + np.array(slopes) @ logit_parts(table, logit)
 
     def predict(
         self,
@@ -165,7 +165,7 @@ def fit_posterior(
     Raises:
         ValueError: an argument has not one value a hole, or no hole has a logit.
     """
-    parts = _parts(table, logit)
+    parts = logit_parts(table, logit)
     low, known = _labels(table, is_low, is_known)
     x = parts.sum(axis=0)
     centre = x.mean()
@@ -192,8 +192,16 @@ def fit_posterior(
     )
 
 
-def _parts(table: HoleTable, logit: ArrayLike) -> FloatArray:
-    """(4, N) the logit split into within-patch, patch, square and grid parts, which sum to it."""
+def logit_parts(table: HoleTable, logit: ArrayLike) -> FloatArray:
+    """(4, N) the logit split into within-patch, patch, square and grid parts, which sum to it.
+
+    Args:
+        table: its hierarchy is used, nothing else.
+        logit: (N,) of a classifier; NaN as in ``HierarchicalPosterior.base_logit``.
+
+    Raises:
+        ValueError: not one logit a hole, or none at all.
+    """
     x = np.clip(np.asarray(logit, dtype=np.float64), -_CLIP, _CLIP)
     if x.shape != (len(table),):
         raise ValueError(f"logit: one a hole, found shape {x.shape} for {len(table)} holes")

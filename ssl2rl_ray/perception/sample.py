@@ -68,7 +68,8 @@ def _sample(path: str | None, preset: str, seed: int) -> Sample:
     if images is None or has_image is None or not has_image.any():
         raise DataError(
             f"{path} has no images to learn from: import it with --images DIR, or a "
-            "synthetic preset such as y3-mini"
+            "synthetic preset such as y3-mini; kind ssl2rl learns from predictions without images "
+            "by classifier.network: head"
         )
     if not (has_image & dataset.table.is_labelled).any():
         raise DataError(f"{path} has no labelled hole with an image: nothing to learn from")
