@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from ssl2rl_ray.loop.stages import (
     believe,
     evaluate_policy,
     finetune,
+    is_trained,
     judge_classifier,
     navigate,
     navigation_key,
@@ -85,7 +86,8 @@ def ssl2rl(
     task = Task.of(config)
     run.write_record("sample.json", task.describe())
     methods = {}
-    with local_ray(config.rl.num_env_runners + 1):
+    needs_ray = any(is_trained(config.loop, METHODS[name]) for name in config.loop.methods)
+    with local_ray(config.rl.num_env_runners + 1) if needs_ray else nullcontext():
         for name in config.loop.methods:
             methods[name] = _play_method(task, name, run, tell)
     summary = {"sample": task.describe(), "methods": methods}

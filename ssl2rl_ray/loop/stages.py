@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, logit
+from scipy.special import expit
 
 from envs.cryoem.calibration import Calibration
 from envs.cryoem.nested import sums_of_squares
@@ -29,6 +29,7 @@ from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray, Naviga
 from envs.cryoem.types import RandomEffects as Effects
 from ssl2rl_ray.config import (
     EnvConfig,
+    LoopConfig,
     Method,
     NavigationRunConfig,
     PerceptionRunConfig,
@@ -39,6 +40,7 @@ from ssl2rl_ray.data.folder import write_dataset
 from ssl2rl_ray.data.splits import split_by_square
 from ssl2rl_ray.evaluate import roll_out
 from ssl2rl_ray.loop import head
+from ssl2rl_ray.loop.head import Head
 from ssl2rl_ray.loop.pseudo_labels import PseudoLabels
 from ssl2rl_ray.loop.rollout import RollOut, roll_out_all
 from ssl2rl_ray.perception.metrics import classifier_metrics
@@ -73,7 +75,7 @@ class Task:
     images: NDArray[np.uint8] | None
     """(N, H, W); None: ``classifier.network`` is ``head``."""
     has_image: BoolArray
-    """(N,); with a head, all."""
+    """(N,); with a head, has a prediction."""
     split: Split
     train: IntArray
     """(T,) rows of the training squares, labelled or not."""
@@ -261,18 +263,26 @@ def believe(task: Task, first: Path, classifier: Path) -> Belief:
     classifier has not: its logits are brought to mean and sd of f_0's on the unlabelled training
     holes and then trusted as f_0's are, and at labelled holes f_0's cross-fitted ones stay.
     """
-    if task.images is None:
-        return head.believe(task, first, classifier)
-    begun = model_of_run(first)
-    begun_logit = begun.logits(task.table, task.images, task.has_image)
-    model, raw = begun, begun_logit
+    begun = _model_of(task, first)
+    begun_logit = raw = _logits(task, begun)
     if classifier != first:
-        model = model_of_run(classifier)
-        raw = model.logits(task.table, task.images, task.has_image)
+        raw = _logits(task, _model_of(task, classifier))
     return belief_of(task, begun, begun_logit, raw)
 
 
-def belief_of(task: Task, begun: Model, begun_logit: FloatArray, raw: FloatArray) -> Belief:
+def _model_of(task: Task, folder: Path) -> Model | Head:
+    return Head.load(folder) if task.images is None else model_of_run(folder)
+
+
+def _logits(task: Task, model: Model | Head) -> FloatArray:
+    """(N,) cross-fitted where the model saw the label; NaN without image (or prediction)."""
+    if isinstance(model, Head):
+        return model.logits(task.table)
+    assert task.images is not None
+    return model.logits(task.table, task.images, task.has_image)
+
+
+def belief_of(task: Task, begun: Model | Head, begun_logit: FloatArray, raw: FloatArray) -> Belief:
     """``believe`` from logits (N,)."""
     p_classifier = expit(_filled(raw) / begun.temperature)
     if begun.posterior is None:
@@ -295,7 +305,7 @@ def belief_of(task: Task, begun: Model, begun_logit: FloatArray, raw: FloatArray
     )
 
 
-def _learned(task: Task, model: Model) -> NDArray[np.str_]:
+def _learned(task: Task, model: Model | Head) -> NDArray[np.str_]:
     """Names of the holes whose labels the model learned from."""
     from ssl2rl_ray.data.splits import marks
 
@@ -389,15 +399,18 @@ def navigation_key(task: Task, method: Method) -> str:
     return "-".join([*words, *["free"] * method.is_movement_free])
 
 
+def is_trained(loop: LoopConfig, method: Method) -> bool:
+    """True: RL navigates; False: a planner."""
+    return method.navigator is None and loop.navigator == "algorithm"
+
+
 def navigate(task: Task, method: Method, belief: Belief, folder: Path, tell: Tell) -> Navigator:
     """Trains RL on pseudo rewards, or takes a planner."""
     config = task.config
     env = env_of(config, method)
     rules = navigation_config(env)
-    planner = method.navigator or (
-        None if config.loop.navigator == "algorithm" else config.loop.navigator
-    )
-    if planner is not None:
+    if not is_trained(config.loop, method):
+        planner = method.navigator or config.loop.navigator
         return Navigator(
             name=planner,
             rules=rules,
@@ -554,8 +567,3 @@ def _write(path: Path, write: Callable[[Any], Any]) -> None:
     with partial.open("wb") as stream:
         write(stream)
     partial.replace(path)
-
-
-def given_logit(table: HoleTable) -> FloatArray:
-    """(N,) logit of the predictions that a table brings."""
-    return np.clip(logit(table.p_low_ctf), -_LARGEST_LOGIT, _LARGEST_LOGIT)
