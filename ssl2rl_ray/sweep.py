@@ -254,6 +254,8 @@ def _as_word(value: Any) -> str:
     """A value as part of a folder's name."""
     if isinstance(value, list):
         return "-".join(map(_as_word, value)) or "none"
+    if isinstance(value, int | float):
+        return json.dumps(value)
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return re.sub(r"[^A-Za-z0-9._+]+", "-", text).strip("-.") or "none"
 
@@ -644,8 +646,8 @@ class _Hall:
         return {}
 
     def came(self, name: str) -> None:
-        self._inside.add(name)
-        if not self.is_closing:
+        if not self.is_closing:  # who comes now leaves at once
+            self._inside.add(name)
             self._tell((name, {"status": "running"}))
 
     def left(self, name: str, message: dict[str, Any]) -> None:

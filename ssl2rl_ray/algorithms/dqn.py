@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import logging
+import tempfile
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -132,6 +133,10 @@ class DQN(rllib_dqn.DQN):
     @classmethod
     def _create_local_replay_buffer_if_necessary(cls, config: AlgorithmConfig) -> None:
         return None
+
+    def _setup_logdir(self) -> None:
+        """Nothing is written there; Tune's own way leaves empty folders in ``~/ray_results``."""
+        self._logdir = tempfile.gettempdir()
 
     def setup(self, config: AlgorithmConfig) -> None:
         """Builds runners, learners and the replay."""

@@ -1,0 +1,432 @@
+"""Sweeps: what a file says, what fits, and trials on a real local Ray that outlive their driver."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssl2rl_ray import sweep as sweeps
+from ssl2rl_ray.cli import main
+from ssl2rl_ray.config import ConfigError, PerceptionRunConfig
+from ssl2rl_ray.launch import run_config
+from ssl2rl_ray.runs import RunDirectory, RunError, acquire_lock
+from ssl2rl_ray.sweep import (
+    Room,
+    Sweep,
+    load_sweep,
+    need_of,
+    num_concurrent,
+    run_sweep,
+    trial_status,
+)
+
+BASE = {
+    "kind": "perception",
+    "data": {"preset": "demo", "labelled_fraction": 0.5},
+    "classifier": {"network": "cnn"},
+    "training": {"method": "supervised", "num_epochs": 2, "num_folds": 0},
+}
+
+
+def write(folder: Path, **parts) -> Path:
+    """A sweep file; None leaves a part out."""
+    values = {"base": BASE, "space": {"seed": [0, 1]}, "tune": {"num_cpus": 1}, **parts}
+    path = folder / "asked.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+    return path
+
+
+# ---- what a file says ----------------------------------------------------------------------------
+
+
+def test_the_trials_are_all_combinations_in_order(tmp_path):
+    space = {"data.labelled_fraction": [0.05, 0.1], "seed": [3, 1]}
+    sweep = load_sweep(write(tmp_path, space=space))
+    assert list(sweep.trials) == [
+        "labelled_fraction-0.05_seed-3",
+        "labelled_fraction-0.05_seed-1",
+        "labelled_fraction-0.1_seed-3",
+        "labelled_fraction-0.1_seed-1",
+    ]
+    config = sweep.trials["labelled_fraction-0.1_seed-3"]
+    assert isinstance(config, PerceptionRunConfig)
+    assert (config.data.labelled_fraction, config.seed) == (0.1, 3)
+    assert config.training.num_epochs == 2 and config.compute.num_torch_threads == 1
+
+
+def test_the_base_may_be_a_file_beside_the_sweep(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    path = write(tmp_path / "below", base="../base.yaml")
+    (tmp_path / "here").mkdir()
+    in_place = load_sweep(write(tmp_path / "here"))
+    assert load_sweep(path) == in_place
+
+
+def test_overrides_reach_all_three_parts(tmp_path):
+    overrides = ["base.training.num_epochs=5", "space.training.learning_rate=[0.1, 1e-3]"]
+    overrides += ["space.seed=[4]", "tune.max_concurrent=1", "tune.num_cpus=2"]
+    sweep = load_sweep(write(tmp_path), overrides)
+    assert list(sweep.trials) == ["seed-4_learning_rate-0.1", "seed-4_learning_rate-0.001"]
+    assert all(c.training.num_epochs == 5 for c in sweep.trials.values())
+    assert (sweep.tune.max_concurrent, sweep.tune.num_cpus) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "base_threads", "space", "threads", "cpus"),
+    [
+        (3, 1, {"seed": [0]}, 3, 3),  # the base's threads follow the trial's CPUs
+        (None, 1, {"seed": [0]}, 1, 1),  # and the other way round
+        (2, 2, {"compute.num_torch_threads": [1]}, 1, 2),  # what is varied on purpose stands
+    ],
+)
+def test_threads_and_cpus_agree(tmp_path, num_cpus, base_threads, space, threads, cpus):
+    base = {**BASE, "compute": {"num_torch_threads": base_threads}}
+    sweep = load_sweep(write(tmp_path, base=base, space=space, tune={"num_cpus": num_cpus}))
+    (config,) = sweep.trials.values()
+    assert isinstance(config, PerceptionRunConfig)
+    assert config.compute.num_torch_threads == threads
+    assert need_of(config, sweep.tune).num_cpus == cpus
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"bases": {}}, "bases: unknown key; a sweep has base, space, tune"),
+        ({"base": None}, "base: expected a config"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml: cannot be read"),
+        ({"space": None}, "for a single run there is `ssl2rl run`"),
+        ({"space": {}}, "space: expected lines"),
+        ({"space": [1]}, "space: expected lines"),
+        ({"space": {"seed": 3}}, "space.seed: expected a list of values"),
+        ({"space": {"seed": []}}, "space.seed: expected a list of values"),
+        ({"space": {"seed": [1, 1]}}, "space.seed: a value is there twice"),
+        ({"space": {"data": [{"preset": "demo"}]}}, "space.data: a value is a section"),
+        ({"space": {"seed": list(range(10_001))}}, "10001 combinations"),
+        ({"space": {"kind.of": [1]}}, "every trial: space.kind.of: kind is not a section"),
+        ({"space": {"training.num_epoch": [1, 2]}}, "every trial: training.num_epoch: unknown"),
+        (
+            {"space": {"compute.num_torch_threads": [1, 4]}, "tune": {"num_cpus": 2}},
+            "num_torch_threads-4: compute.num_torch_threads: 4 is more than tune.num_cpus 2",
+        ),
+        ({"tune": {"num_cpu": 1}}, "tune.num_cpu: unknown key; did you mean tune.num_cpus"),
+        ({"tune": {"num_cpus": 0}}, "tune.num_cpus: must be above 0"),
+        ({"tune": {"num_gpus": -1}}, "tune.num_gpus: must be 0 or more"),
+        ({"tune": 3}, "tune: expected a section"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, parts, message):
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(write(tmp_path, **parts))
+    assert message in str(caught.value)
+
+
+def test_all_problems_of_all_trials_are_told_at_once(tmp_path):
+    space = {"data.labelled_fraction": [0.1, 2, -1], "seed": [0, -1]}
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(write(tmp_path, space=space))
+    assert set(caught.value.problems) == {
+        "labelled_fraction-0.1_seed--1, labelled_fraction-2_seed--1, labelled_fraction--1_seed--1: "
+        "seed: must be 0 or more and below 2**32, found -1",
+        "labelled_fraction-2_seed-0, labelled_fraction-2_seed--1: "
+        "data.labelled_fraction: must be at most 1, found 2.0",
+        "labelled_fraction--1_seed-0, labelled_fraction--1_seed--1: "
+        "data.labelled_fraction: must be above 0, found -1.0",
+    }
+
+
+@pytest.mark.parametrize("override", ["training.num_epochs=1", "seed=1", "base", "space=3"])
+def test_an_override_of_nothing_is_refused(tmp_path, override):
+    with pytest.raises(ConfigError, match=r"expected (base\.a\.b=value|a\.b=value)"):
+        load_sweep(write(tmp_path), [override])
+
+
+names = st.lists(
+    st.sampled_from(["seed", "a.b", "c.b", "a.c.b", "training.x"]), min_size=1, unique=True
+)
+words = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(-9, 9), st.text(max_size=80))
+
+
+@given(names.flatmap(lambda keys: st.fixed_dictionaries(dict.fromkeys(keys, words))), st.data())
+def test_names_of_trials_are_different_names_of_folders(point, data):
+    other = {key: data.draw(words) for key in point}
+    points = [point] if list(map(repr, point.values())) == list(map(repr, other.values())) else [
+        point, other
+    ]  # fmt: skip
+    found = sweeps._trial_names(points)
+    assert len(set(found)) == len(points)
+    for name in found:
+        assert name and "/" not in name and not name.startswith((".", "-"))
+        assert len(name.encode()) <= 200 and name.isascii()
+
+
+def test_names_say_as_much_as_they_need():
+    points = [{"data.preset": "y3 mini", "sessions.preset": None}]
+    assert sweeps._trial_names(points) == ["data.preset-y3-mini_sessions.preset-null"]
+    assert sweeps._trial_names([{"x": [1, 2]}, {"x": []}, {"x": "runs/a"}]) == [
+        "x-1-2",
+        "x-none",
+        "x-runs-a",
+    ]
+    assert sweeps._trial_names([{"x": "a/b"}, {"x": "a-b"}]) == ["0_x-a-b", "1_x-a-b"]
+
+
+# ---- what fits -----------------------------------------------------------------------------------
+
+
+def room(num_cpus: float, largest: float | None = None, num_gpus: float = 0) -> Room:
+    return Room(
+        where="here",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        largest_node_cpus=largest or num_cpus,
+    )
+
+
+def sweep_of(tmp_path: Path, base: dict, **tune) -> Sweep:
+    return load_sweep(write(tmp_path, base=base, space={"seed": list(range(8))}, tune=tune))
+
+
+def test_inner_workers_count(tmp_path):
+    train = {**BASE, "compute": {"num_workers": 2, "num_torch_threads": 3}}
+    sweep = sweep_of(tmp_path, train, num_cpus=1)
+    need = need_of(sweep.trials["seed-0"], sweep.tune)
+    assert (need.num_cpus, need.num_worker_cpus, need.total_cpus) == (1, 2, 3)
+    assert num_concurrent(sweep, room(8)) == 2  # 3 would hold 9 CPUs: Train would wait for ever
+    runners = {"kind": "navigation", "training": {"num_env_runners": 3, "num_torch_threads": 2}}
+    sweep = sweep_of(tmp_path, runners)
+    assert need_of(sweep.trials["seed-0"], sweep.tune).total_cpus == 5
+    assert num_concurrent(sweep, room(16)) == 3
+
+
+def test_as_many_at_once_as_fit_and_as_asked(tmp_path):
+    assert num_concurrent(sweep_of(tmp_path, BASE, num_cpus=1), room(4)) == 4
+    assert num_concurrent(sweep_of(tmp_path, BASE, num_cpus=1), room(64)) == 8
+    assert num_concurrent(sweep_of(tmp_path, BASE, num_cpus=1, max_concurrent=3), room(64)) == 3
+    shared = sweep_of(tmp_path, BASE, num_cpus=1, num_gpus=0.5)
+    assert num_concurrent(shared, room(64, num_gpus=2)) == 4
+
+
+@pytest.mark.parametrize(
+    ("there", "tune", "message"),
+    [
+        (room(4), {"num_cpus": 5}, "seed-0 needs 5 CPUs; here has 4 CPUs"),
+        (room(8, largest=4), {"num_cpus": 5}, "4 on its largest node: lower tune.num_cpus"),
+        (room(8), {"num_cpus": 1, "num_gpus": 1}, "needs 1 GPUs; here has 0"),
+    ],
+)
+def test_what_cannot_fit_is_refused(tmp_path, there, tune, message):
+    with pytest.raises(ValueError, match=message):
+        num_concurrent(sweep_of(tmp_path, BASE, **tune), there)
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def test_a_dry_run_starts_nothing(tmp_path, capsys):
+    words = ["sweep", str(write(tmp_path)), "--out", str(tmp_path / "out"), "--dry-run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "seed-0  1 CPU  missing" in said and "2 trials, 2 at once" in said
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--set", "tune.num_cpus=4096"]) == 2
+    assert "seed-0 needs 4096 CPUs; this machine has" in capsys.readouterr().err
+
+
+def test_a_plan_of_a_thousand_trials_is_quick(tmp_path):
+    path = write(tmp_path, space={"seed": list(range(1000))})
+    begun = time.perf_counter()
+    assert sweeps.plan(load_sweep(path), tmp_path / "out")["num_trials"] == 1000
+    assert time.perf_counter() - begun < 5  # of the issue; about 0.6 s
+
+
+def begun_folder(tmp_path: Path) -> tuple[Sweep, Path]:
+    """A sweep whose trials are all finished, without training any."""
+    sweep = load_sweep(write(tmp_path))
+    out = tmp_path / "out"
+    os.close(sweeps._open_folder(sweep, out, resume=False))
+    for name, config in sweep.trials.items():
+        with RunDirectory.create(out / name, config) as run:
+            run.write_summary({})
+    return sweep, out
+
+
+def test_a_finished_sweep_resumed_does_nothing(tmp_path, capsys):
+    sweep, out = begun_folder(tmp_path)
+    result = run_sweep(sweep, out, resume=True)
+    assert (result["num_run"], result["num_finished"]) == (0, 2)
+    assert main(["sweep", str(tmp_path / "asked.yaml"), "--out", str(out), "--resume"]) == 0
+    assert "2 of 2 trials finished already; nothing to do" in capsys.readouterr().out
+
+
+def test_another_sweep_is_refused_with_the_differences(tmp_path):
+    _, out = begun_folder(tmp_path)
+    path = tmp_path / "asked.yaml"
+    overrides = ["base.training.num_epochs=3", "space.seed=[0, 2]", "tune.num_cpus=2"]
+    with pytest.raises(RunError) as caught:
+        run_sweep(load_sweep(path, overrides), out, resume=True)
+    said = str(caught.value)
+    assert "base.training.num_epochs: 2, now 3" in said
+    assert "space.seed: [0, 1], now [0, 2]" in said and "tune.num_cpus: 1, now 2" in said
+    # how many run at once makes no other sweep
+    run_sweep(load_sweep(path, ["tune.max_concurrent=1"]), out, resume=True)
+    assert yaml.safe_load((out / "sweep.yaml").read_text())["tune"]["max_concurrent"] == 1
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path):
+    sweep, out = begun_folder(tmp_path)
+    with pytest.raises(RunError, match="holds a sweep already: add --resume"):
+        run_sweep(sweep, out)
+    with pytest.raises(RunError, match="holds no sweep"):
+        run_sweep(sweep, tmp_path / "nowhere", resume=True)
+    with pytest.raises(RunError, match="is not empty"):
+        run_sweep(sweep, tmp_path)
+    lock = acquire_lock(out)
+    with pytest.raises(RunError, match="another process is writing"):
+        run_sweep(sweep, out, resume=True)
+    os.close(lock)
+
+
+def test_a_trial_without_manifest_is_begun_anew(tmp_path):
+    """A run killed between its first two files; anything else stays where it is."""
+    stillborn, other = tmp_path / "a", tmp_path / "b"
+    for folder in (stillborn, other):
+        folder.mkdir()
+        (folder / "config.yaml").touch()
+    (other / "mine.txt").touch()
+    for folder in (stillborn, other):
+        sweeps._remove_stillborn(folder)
+    assert not stillborn.exists() and (other / "mine.txt").exists()
+
+
+# ---- on a real Ray -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A home directory of our own: nothing may be left in it."""
+    return tmp_path_factory.mktemp("home")
+
+
+@contextlib.contextmanager
+def command(home: Path, *words: object) -> Iterator[subprocess.Popen[str]]:
+    """``ssl2rl`` in a process (and process group) of its own; killed at the end."""
+    environment = {**os.environ, "HOME": str(home)}
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssl2rl_ray", *map(str, words)],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> str:
+    """Reads what the process says until a text comes."""
+    said = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        said += line
+        if text in line:
+            return said
+    raise AssertionError(f"{text!r} was not said:\n{said}")
+
+
+def plain_summary(config: PerceptionRunConfig, folder: Path) -> dict:
+    """Of the same config run by itself, as ``ssl2rl run`` does."""
+    return run_config(config, folder, progress=lambda row: None)
+
+
+def read_summary(folder: Path) -> dict:
+    summary = RunDirectory.open(folder).summary
+    assert summary is not None
+    return summary
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_sweep_outlives_its_driver_and_ends_as_plain_runs(tmp_path, home):
+    """Killed when one trial is finished and one runs; then stopped by Ctrl-C; then to its end."""
+    changes = {"num_epochs": 40, "evaluation_interval_epochs": 5}
+    path = write(tmp_path, base={**BASE, "training": {**BASE["training"], **changes}})
+    out = tmp_path / "out"
+    words = ["sweep", path, "--out", out, "--set", "tune.max_concurrent=1"]
+    with command(home, *words) as first:
+        wait_for(first, "running     seed-1")
+    assert trial_status(out / "seed-0") == "finished"
+    before = (out / "seed-0" / "manifest.json").read_bytes()
+
+    with command(home, *words, "--resume") as second:
+        wait_for(second, "running     seed-1 (1 of 2 finished)")
+        os.killpg(second.pid, signal.SIGINT)
+        said, _ = second.communicate()
+    assert second.returncode == 130 and f"{out} --set tune.max_concurrent=1 --resume" in said
+    assert trial_status(out / "seed-1") == "interrupted"
+
+    with command(home, *words, "--resume") as third:
+        said, _ = third.communicate()
+    assert third.returncode == 0 and "2 of 2 trials finished" in said, said
+    assert (out / "seed-0" / "manifest.json").read_bytes() == before  # left alone
+    for name, config in load_sweep(path).trials.items():
+        assert isinstance(config, PerceptionRunConfig)
+        assert read_summary(out / name) == plain_summary(config, tmp_path / name)
+        epochs = RunDirectory.open(out / name).metrics()["epoch"]
+        assert epochs.tolist() == list(range(1, 41))  # none lost, none twice
+    assert {entry.name for entry in out.iterdir()} == {".lock", "seed-0", "seed-1", "sweep.yaml"}
+    assert not (home / "ray_results").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_failing_trial_does_not_stop_the_others(tmp_path, home, demo_images):
+    space = {"data.dataset": [str(tmp_path / "nowhere"), str(demo_images)], "seed": [0]}
+    base = {**BASE, "data": {"labelled_fraction": 0.5}}
+    path, out = write(tmp_path, base=base, space=space), tmp_path / "out"
+    words = ["sweep", path, "--out", out, "--json", tmp_path / "result.json"]
+    with command(home, *words) as process:
+        said, _ = process.communicate()
+    assert process.returncode == 1, said
+    bad, good = load_sweep(path).trials
+    trials = json.loads((tmp_path / "result.json").read_text())["trials"]
+    assert trials[good]["status"] == "finished" and "accuracy" in str(read_summary(out / good))
+    assert trials[bad]["status"] == "failed" and "does not exist" in trials[bad]["reason"]
+    assert not (out / bad).exists()
+    lines = said.splitlines()
+    assert f"failed      {bad}" in said and f"failed {bad}: dataset folder" in lines[-1]
+    assert all(line.startswith(("running ", "finished ", "failed ", str(out))) for line in lines)
+
+
+@pytest.fixture(scope="module")
+def demo_images(tmp_path_factory) -> Path:
+    """A small session with images."""
+    import numpy as np
+
+    from envs.cryoem.images import draw_images
+    from envs.cryoem.synthetic import draw_session
+    from ssl2rl_ray.data.folder import write_dataset
+
+    rng = np.random.default_rng(4)
+    table = draw_session(rng, "demo")
+    folder = tmp_path_factory.mktemp("data") / "session"
+    write_dataset(table, folder, provenance={"notes": []}, images=draw_images(rng, table, "demo"))
+    return folder
