@@ -282,7 +282,7 @@ class Worth:
     """By ``Switch``; [HOLE] is ``stay`` again."""
     entry: tuple[IntArray, IntArray, IntArray, IntArray]
     """Rank of the hole that comes first, by ``Switch``: 0 is the most probable."""
-    num_worth: FloatArray
+    num_worth: IntArray
     """Holes that are taken if one is there already."""
     minutes: FloatArray
     """Minutes of that patch's holes, entered from another patch of its square."""

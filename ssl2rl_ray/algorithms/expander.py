@@ -125,7 +125,7 @@ class Expander(nn.Module):
         now = weights.new_zeros(3, batch * num_patches).index_add_(1, at, weights)
         # A past step is the present without what was visited since; before the first step there
         # is nothing to show, so the frame of the start stands in.
-        age = torch.arange(steps, device=recent.device)
+        age = torch.arange(steps - 1, -1, -1, device=recent.device)  # oldest first
         age = torch.minimum(age, (recent >= 0).sum(1, keepdim=True) - 1)
         current = recent.gather(1, age)
         sums = now.view(3, batch, 1, num_patches).repeat(1, 1, steps, 1)
@@ -146,7 +146,10 @@ class Expander(nn.Module):
         return torch.stack([torch.ones_like(p), p, self._at("outcome", session, hole)])
 
     def _columns(self, session: Tensor, sums: Tensor, current: Tensor) -> Tensor:
-        """(B, P, K D) from the sums (3, B, K, P) over visits and the current holes (B, K)."""
+        """(B, P, K D) from the sums (3, B, K, P) over visits and the current holes (B, K).
+
+        Steps are oldest first throughout.
+        """
         batch, steps = current.shape
         total = torch.stack(
             [self.table("num_in_patch", session), self.table("p_in_patch", session)]
@@ -174,8 +177,8 @@ class Expander(nn.Module):
             flags.append(is_same)
         flags = flags[::-1] if self.is_cryorl else [~flag for flag in flags]
         columns += [flag.to(counts.dtype) for flag in flags]
-        features = torch.stack(columns, -1).flip(1)  # (B, K, P, D), oldest first
-        return features.transpose(1, 2).reshape(batch, self.num_groups[0], -1)
+        features = torch.stack([column.transpose(1, 2) for column in columns], -1)
+        return features.view(batch, self.num_groups[0], -1)
 
     def _normalise(self, count: Tensor, scale: float) -> Tensor:
         if self.is_cryorl:

@@ -142,7 +142,7 @@ class HoleNetwork(nn.Module):
 
     def score(self, expanded: Expanded) -> Tensor:
         """(B, N) or (B, P) action values."""
-        per_patch, own = self._first_layer(expanded.group)
+        per_patch, own = self.first_layer(expanded.group)
         session, (row, hole) = expanded.session, expanded.visited
         table = self.expander.table
         is_allowed = table("is_hole", session)
@@ -152,22 +152,26 @@ class HoleNetwork(nn.Module):
         if self.is_patch:
             best, has_hole = self._best_hole(session, is_allowed)
             p = table("own_p", session).gather(1, best)
-            q = self._tail(per_patch + p[..., None] * own)
+            q = self.tail(per_patch + p[..., None] * own)
             return q.masked_fill(~has_hole, -torch.inf)
-        p = table("cell_p", session)
+        q = self.cell_values(per_patch, own, session).gather(1, table("hole_cell", session))
+        return q.masked_fill(~is_allowed, -torch.inf)
+
+    def cell_values(self, per_patch: Tensor, own: Tensor, session: Tensor) -> Tensor:
+        """(B, C) values of the cells, from what ``first_layer`` gives."""
+        p = self.expander.table("cell_p", session)
         batch, num_patches, num_hidden = per_patch.shape
         at = torch.arange(batch, device=p.device)[:, None] * num_patches
-        at = (at + table("cell_patch", session)).flatten()
+        at = (at + self.expander.table("cell_patch", session)).flatten()
         # A few episodes at a time: what is in the cache need not be fetched from memory (4x).
         size = max(1, _CELLS_AT_ONCE // p.shape[1]) * p.shape[1]
         flat = per_patch.view(-1, num_hidden)
-        q = torch.cat(
+        return torch.cat(
             [
-                self._tail(flat.index_select(0, rows).addcmul_(column[:, None], own))
+                self.tail(flat.index_select(0, rows).addcmul_(column[:, None], own))
                 for rows, column in zip(at.split(size), p.flatten().split(size), strict=True)
             ]
         ).view(batch, -1)
-        return q.gather(1, table("hole_cell", session)).masked_fill(~is_allowed, -torch.inf)
 
     def preference(self, expanded: Expanded, q: Tensor | None = None) -> Tensor:
         """The action values; ``q`` saves computing them again."""
@@ -183,10 +187,10 @@ class HoleNetwork(nn.Module):
             is_left[expanded.visited] = False
             hole = self._best_hole(session, is_left)[0].gather(1, action[:, None])[:, 0]
         at = torch.arange(len(action), device=action.device)
-        per_patch, own = self._first_layer(expanded.group[at, table("patch", session)[at, hole]])
-        return self._tail(per_patch + table("own_p", session)[at, hole][:, None] * own)
+        per_patch, own = self.first_layer(expanded.group[at, table("patch", session)[at, hole]])
+        return self.tail(per_patch + table("own_p", session)[at, hole][:, None] * own)
 
-    def _first_layer(self, group: Tensor) -> tuple[Tensor, Tensor]:
+    def first_layer(self, group: Tensor) -> tuple[Tensor, Tensor]:
         """What a patch (or row) contributes (..., H), and the column (H,) that own p multiplies."""
         first = self.mlp[0]
         assert isinstance(first, nn.Linear)
@@ -194,7 +198,8 @@ class HoleNetwork(nn.Module):
         own = first.weight[:, self.expander.own_columns].sum(1)
         return nn.functional.linear(group, weight, first.bias), own
 
-    def _tail(self, hidden: Tensor) -> Tensor:
+    def tail(self, hidden: Tensor) -> Tensor:
+        """(...) the other layers on (..., H), which is overwritten."""
         for layer in self.mlp[1:]:
             hidden = hidden.relu_() if isinstance(layer, nn.ReLU) else layer(hidden)
         return hidden.squeeze(-1)
