@@ -4,10 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from ssl2rl_ray.config import NavigationRunConfig, load_config, navigation_config, to_yaml
+from ssl2rl_ray.config import (
+    NavigationRunConfig,
+    load_config,
+    navigation_config,
+    read_yaml,
+    to_yaml,
+)
+from ssl2rl_ray.sweep import Room, load_sweep, num_concurrent
 
 FOLDER = Path(__file__).parents[1] / "tune_configs"
-FILES = sorted(FOLDER.glob("*.yaml"))
+SWEEPS = sorted(p for p in FOLDER.glob("*.yaml") if "space" in read_yaml(str(p)))
+FILES = sorted(set(FOLDER.glob("*.yaml")) - set(SWEEPS))
 
 
 def test_there_are_configs():
@@ -28,6 +36,12 @@ def test_every_config_is_valid_and_survives_a_round_trip(path, tmp_path):
     assert load_config(tmp_path / "again.yaml") == config
     if isinstance(config, NavigationRunConfig):
         navigation_config(config.env)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_is_valid_and_fits_on_four_cores(path):
+    room = Room(where="a laptop", num_cpus=4, num_gpus=0, largest_node_cpus=4)
+    assert num_concurrent(load_sweep(path), room) >= 1
 
 
 def test_the_papers_fixmatch_is_the_papers():
