@@ -189,8 +189,7 @@ def _table(name: str, table: Mapping[str, Any]) -> str:
                 for d in table["differences"]
                 if d["quantity"] == quantity["name"] and d["against"] == other
             ]
-            has_any = {d["row"] for d in found if d["n"]}
-            if found := [d for d in found if d["row"] in has_any]:
+            if found:
                 less = f"less {titles[other]}"
                 differences.append(
                     _by_fraction(table["rows"], found, decimals + 1, less, sign=True)

@@ -138,11 +138,11 @@ def _table(
                 }
                 paper = _paper(quantity["name"], row, fraction)
                 cells.append(where | figures_of(values[row.name]) | {"paper": paper})
-                differences += [
-                    where | {"against": other} | _difference(values[row.name], values[other])
-                    for other in against
-                    if other != row.name and other in values
-                ]
+                for other in against:
+                    if other != row.name and values.get(other):
+                        found = _difference(values[row.name], values[other])
+                        if found["n"]:
+                            differences.append(where | {"against": other} | found)
     return {
         **about,
         "rows": [{"row": r.name, "title": r.title, "group": r.group} for r in rows],
@@ -224,14 +224,15 @@ def tables(
             title="Table 1: return of the navigation policy",
             caption="Episode return on the test squares, of the round that was kept by its return "
             "on the selection squares, in sessions as long as the method's RL was trained for, or "
-            "else the longest." + missing,
+            "else the longest. Full labels learn from all labels in every column." + missing,
         ),
         "table2": _table(
             played, rows("accuracy", is_whole=True), of_classifier, fractions, AGAINST,
             title="Table 2: quality of the classifier",
             caption="On the test squares, of the round that was kept by its accuracy on the "
             "selection squares. N_C sets a classifier's positive share, and with it its precision, "
-            "almost mechanically: read AUC and the accuracy at the median beside them." + missing,
+            "almost mechanically: read AUC and the accuracy at the median beside them. Full labels "
+            "learn from all labels in every column." + missing,
         ),
         "table3": _anova(runs),
         "table4": _ablations(played, main, navigators, methods, fractions, returns, of_classifier),
@@ -347,6 +348,8 @@ def _whole_system(
         caption="Classifier and hierarchical posterior together, of the round kept by accuracy, "
         "beside a classifier that learned from all labels; then each method's return over that "
         "of full labels on the same data set (mean of the ratios), of the round kept by reward. "
+        "The paper has 65.73 at 10 % and 69.76 with all labels (its table 1); for how long a "
+        "session, is not at hand. "
         "No row is chosen here: the best of many rows on the test squares flatters itself.",
     )  # fmt: skip
     ratios = []
