@@ -8,8 +8,10 @@ labels are the posterior's business, as with images. It stands in for the image 
 every other stage of the loop meets a real session. Five coefficients have a unique optimum, which
 Newton's method finds: no seed but that of the folds, no epochs, no learning rate.
 
-Ridge: the coefficients are N(where they begin, 1) a priori; f_0 begins at the prediction taken at
-its word, f_k at f_(k-1). Shape letters: N holes of the session, L holes learned from.
+Ridge: the coefficients are N(where they begin, (1/2)²) a priori, as slopes of the posterior; f_0
+begins at the prediction taken at its word, f_k at f_(k-1). Over 12 splits of the Aldolase training
+half the log loss of f_0 was the least with it, at 5, 10 and 20 % labels. Shape letters: N holes of
+the session, L holes learned from.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ _FOLDS = 4  # stream of random numbers of the seed, that of the image classifier
 _AT_ITS_WORD = np.array([0.0, 1.0, 1.0, 1.0, 1.0])  # a, b_within, b_patch, b_square, b_grid
 _LARGEST_LOGIT = 5.0
 _LARGEST_CTF_A = 9.0  # as in ``envs.cryoem.calibration``: worse predictions are all the same
+_PRECISION = 4.0  # of the prior, 1 / (1/2)²
 _MAX_STEPS = 100
 
 
@@ -171,7 +174,7 @@ def pretrain(task: Task, folder: Path, *, has_all_labels: bool) -> Path:
     def fit(learned: IntArray) -> FloatArray:
         weight = np.full(len(learned), 1 / len(learned))
         return fit_ridge(
-            design[:, learned], is_low[learned], weight, _AT_ITS_WORD, 1 / len(learned)
+            design[:, learned], is_low[learned], weight, _AT_ITS_WORD, _PRECISION / len(learned)
         )
 
     coefficients = fit(rows)
@@ -194,7 +197,8 @@ def finetune(task: Task, initial: Path, labels: Path | None, folder: Path) -> Pa
     """f_k from f_(k-1): the least of SSL²-RL's loss (section 3) near where it begins; written once.
 
     mean loss of the labelled holes + ``finetuning.unsupervised_weight`` x mean loss of the
-    pseudo-labelled ones, each in proportion to its confidence, + ridge / L.
+    pseudo-labelled ones, each in proportion to its confidence,
+    + ridge / L.
 
     Args:
         task: the run's.
@@ -222,7 +226,7 @@ def finetune(task: Task, initial: Path, labels: Path | None, folder: Path) -> Pa
         weight = np.r_[weight, task.config.finetuning.unsupervised_weight * share]
     design = _design(table, given_logit(table))[:, rows]
     Head(
-        coefficients=fit_ridge(design, is_low, weight, begun.coefficients, 1 / len(known)),
+        coefficients=fit_ridge(design, is_low, weight, begun.coefficients, _PRECISION / len(known)),
         temperature=1.0,
         posterior=None,
         cross_fitted={},
