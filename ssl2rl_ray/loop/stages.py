@@ -89,8 +89,7 @@ class Task:
     def of(cls, config: SSL2RLRunConfig) -> Task:
         """Draws or reads the session and splits it.
 
-        Raises ValueError as ``sample_of``, ``split_of`` and ``split_by_square``, and where a part
-        has no labelled hole.
+        Raises ValueError as ``sample_of`` and ``split_of``, and where a part has no labelled hole.
         """
         first = stage_config(config, config.pretraining_run())
         sample = head.sample_of(config) if _is_head(config) else sample_of(first)
@@ -98,6 +97,11 @@ class Task:
         judged = np.concatenate([split.validation, split.known])
         squares = np.isin(sample.table.square_id, sample.table.square_id[judged])
         rows = np.flatnonzero(squares)
+        if len(np.unique(sample.table.square_id[rows])) < 2:
+            raise ValueError(
+                f"seed {config.seed}: one square is held out, and it takes two: one to choose "
+                "rounds by, one to test on; take another seed or a larger data.validation_share"
+            )
         rng = np.random.default_rng([config.seed, _SELECTION])
         share = config.loop.selection_share
         is_selection = split_by_square(sample.table.select(rows), share, rng)
