@@ -195,6 +195,10 @@ class Planner:
     effects: RandomEffects = field(default_factory=RandomEffects)
     _layout: tuple[bytes, Layout] | None = None
 
+    def on(self, stack: SessionStack) -> Policy:
+        """The same planner on other sessions."""
+        return Planner(self.name, stack, self.config, self.effects)
+
     def act(self, observation: Observation, rng: np.random.Generator) -> IntArray:
         """(E,) the next hole of each episode."""
         return PLANNERS[self.name](self._situation(observation, rng))
@@ -243,6 +247,10 @@ class Tour:
     config: NavigationConfig
     _order: dict[tuple[int, int], IntArray] = field(default_factory=dict)
     _start: IntArray = field(default_factory=lambda: np.zeros(0, int))
+
+    def on(self, stack: SessionStack) -> Policy:
+        """The same plan for other sessions."""
+        return Tour(self.name, stack, self.config)
 
     def act(self, observation: Observation, rng: np.random.Generator) -> IntArray:
         """(E,) the next hole of each tour; past its end the most probable hole that is left.

@@ -160,11 +160,16 @@ class TorchPolicy:
         self.network = network
         self.stack = stack
         self.rules = rules
+        self.artefact = artefact
         self.effects = artefact.calibration.effects
         self._layout: Any = None  # the sessions gathered for ``rates``, by their rows
         if isinstance(network, HoleNetwork):
             hashes = tuple(str(value) for value in stack.table_hash)
             assert network.expander.table_hash == hashes, "the expander has another stack's tables"
+
+    def on(self, stack: SessionStack) -> TorchPolicy:
+        """The same policy on other sessions."""
+        return self.artefact.make(stack, self.rules)
 
     def act(self, observation: Observation, rng: np.random.Generator) -> IntArray:
         """(E,) the hole of the highest value; raises ValueError where ``recent`` is too short."""

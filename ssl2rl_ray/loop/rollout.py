@@ -6,6 +6,7 @@ differ say how sure that is. Shape letters: M roll-outs side by side, N holes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -15,35 +16,20 @@ import numpy as np
 from envs.cryoem.rewards import switch_level
 from envs.cryoem.stack import Observation, Policy, SessionStack
 from envs.cryoem.types import (
-    BoolArray,
     FloatArray,
-    HoleTable,
     IntArray,
     NavigationConfig,
     RandomEffects,
 )
 
 
-def imagine(
-    table: HoleTable,
-    num_rollouts: int,
-    *,
-    exploration: float,
-    effects: RandomEffects,
-    rng: np.random.Generator,
-) -> list[HoleTable]:
-    """``num_rollouts`` sessions that might be this one, as far as the predictions can tell."""
-    p = np.clip(table.p_low_ctf, 1e-6, 1 - 1e-6)
-    logit = np.log(p / (1 - p))
-    out = []
-    for _ in range(num_rollouts):
-        u = (
-            effects.sd_grid * rng.standard_normal(len(table.grid_name))[table.grid_id]
-            + effects.sd_square * rng.standard_normal(len(table.square_name))[table.square_id]
-            + effects.sd_patch * rng.standard_normal(len(table.patch_name))[table.patch_id]
-        )
-        out.append(table.replace(p_low_ctf=1 / (1 + np.exp(-logit - exploration * u))))
-    return out
+@runtime_checkable
+class Movable(Protocol):
+    """A policy that can be put on other sessions: planners and learned ones."""
+
+    def on(self, stack: SessionStack) -> Policy:
+        """The same policy on the sessions of another stack."""
+        ...
 
 
 @runtime_checkable
@@ -94,6 +80,7 @@ def roll_out_all(
     duration_min: float,
     exploration: float,
     rng: np.random.Generator,
+    effects: RandomEffects = RandomEffects(),  # noqa: B008 (frozen)
     is_by_run: bool = True,
     on_step: Callable[[float], None] | None = None,
 ) -> RollOut:
@@ -106,17 +93,29 @@ def roll_out_all(
     Args:
         policies: roll-out m is played by ``policies[m % len(policies)]``; made for this stack and
             for rules whose ``budget_min`` is ``duration_min``.
-        stack: the session.
+        stack: the session; its outcomes are the truth where labelled, else predictions.
         rules: minutes of the moves, past steps shown; the budget is not read.
         start_hole: (M,) row of the hole where each begins.
         duration_min: minutes of a session.
-        exploration: probability that a decision goes elsewhere than the policy would: to a random
-            unvisited hole as near as there is one (patch, else square, grid, any).
+        exploration: 0: all see the session as it is; else each roll-out plays on a session of its
+            own, drawn by ``imagine`` with this share of the spread.
         rng: of the exploration and of policies that draw.
+        effects: the spread, for ``imagine``.
         is_by_run: policies that can decide on a run of holes within a patch do, which saves most
             of the work; False: hole by hole, as in ``evaluate.roll_out``.
         on_step: told the share of the holes visited by the slowest, after every decision.
+
+    Raises:
+        ValueError: exploration asked of a policy that cannot be put on other sessions.
     """
+    if exploration:
+        if fixed := [policy.name for policy in policies if not isinstance(policy, Movable)]:
+            raise ValueError(
+                f"exploration: policy {fixed[0]!r} has no `on(stack)`, so it cannot play on drawn "
+                "sessions; give it one, or set exploration to 0"
+            )
+        stack = imagine(stack, len(start_hole), exploration=exploration, effects=effects, rng=rng)
+        policies = [policy.on(stack) for policy in policies if isinstance(policy, Movable)]
     num_holes, num_rollouts = int(stack.num_holes[0]), len(start_hole)
     visit_order = np.full((num_rollouts, num_holes), -1, np.int32)
     visit_order[:, 0] = start_hole
@@ -147,9 +146,6 @@ def roll_out_all(
                 "session": (rows % len(stack.num_holes))[:, None].astype(np.int32),
             }
             run, worth = _ask(policy, observation, rng, is_by_run)
-            if exploration and (wanders := rng.random(len(rows)) < exploration).any():
-                run[wanders] = -1
-                run[wanders, 0] = _nearby(stack, visited[rows[wanders]], recent[wanders, 0], rng)
             turn, place = np.nonzero(run >= 0)
             row, hole = rows[turn], run[turn, place]
             visited[row, hole] = True
@@ -183,12 +179,48 @@ def _ask(
     return policy.act(observation, rng)[:, None], no_worth
 
 
-def _nearby(
-    stack: SessionStack, visited: BoolArray, current: IntArray, rng: np.random.Generator
-) -> IntArray:
-    """(E,) a random unvisited hole for each episode, as near as there is one."""
-    near = np.zeros(visited.shape)
-    for ids in (stack.patch_id[0], stack.square_id[0], stack.grid_id[0]):
-        near += ids == ids[current][:, None]
-    is_open = ~visited & (stack.patch_id[0] >= 0)
-    return np.where(is_open, near + rng.random(near.shape), -1).argmax(1)
+def imagine(
+    stack: SessionStack,
+    num_sessions: int,
+    *,
+    exploration: float,
+    effects: RandomEffects,
+    rng: np.random.Generator,
+) -> SessionStack:
+    """``num_sessions`` that the session (row 0) might be, as far as its predictions can tell.
+
+    Every logit of ``p_low_ctf`` is moved by ``exploration`` times what the model of the labels
+    (``calibration.py``) leaves open: N(0, sd²) shared by a grid, by a square, by a patch, and one
+    more of each hole's own, for which the sd of patches stands in. Outcomes move along where they
+    are predictions; where they are true labels they stay. This is posterior sampling (Thompson
+    1933; Osband et al. 2013, arXiv:1306.0940): each roll-out goes, without a stray move, where it
+    would be right to go if its draw were the truth, so the share of roll-outs that visit a hole
+    early is about the probability that it should be. A random move now and then says nothing of the
+    kind: a policy soon returns to the order that it had.
+    """
+    num_holes = int(stack.num_holes[0])
+    parents = [ids[0, :num_holes] for ids in (stack.grid_id, stack.square_id, stack.patch_id)]
+    p = np.clip(stack.p_low_ctf[0, :num_holes].astype(float), 1e-6, 1 - 1e-6)
+    logit = np.tile(np.log(p / (1 - p)), (num_sessions, 1))
+    spreads = (effects.sd_grid, effects.sd_square, effects.sd_patch)
+    for sd, ids in zip(spreads, parents, strict=True):
+        logit += exploration * sd * rng.standard_normal((num_sessions, ids.max() + 1))[:, ids]
+    logit += exploration * effects.sd_patch * rng.standard_normal(logit.shape)
+
+    rows = np.zeros(num_sessions, int)
+    drawn = dataclasses.replace(
+        stack,
+        **{
+            field.name: getattr(stack, field.name)[rows]
+            for field in dataclasses.fields(stack)
+            if field.name != "num_grids"
+        },
+    )
+    drawn.p_low_ctf[:, :num_holes] = 1 / (1 + np.exp(-logit))
+    is_predicted = stack.outcome[0] == stack.p_low_ctf[0]
+    drawn.outcome[:, is_predicted] = drawn.p_low_ctf[:, is_predicted]
+    drawn.value[:, is_predicted] = drawn.p_low_ctf[:, is_predicted]
+    is_slot = stack.slot_hole[0] >= 0
+    for row in range(num_sessions):
+        drawn.slot_hole[row, is_slot] = np.lexsort((-drawn.p_low_ctf[row, :num_holes], parents[2]))
+    return drawn
