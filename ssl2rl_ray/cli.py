@@ -173,9 +173,23 @@ def _classifier_text(folder: Path, summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _loop_bar(config: Any, progress: _Progress) -> Callable[[dict[str, Any]], None]:
+    def bar(row: dict[str, Any]) -> None:
+        progress("rounds", row["share"], row["stage"])
+
+    return bar
+
+
+def _loop_text(folder: Path, summary: dict[str, Any]) -> str:
+    from ssl2rl_ray.loop.ssl2rl import format_summary
+
+    return f"{format_summary(summary)}\n{folder}: done; `ssl2rl report {folder} --out DIR` draws it"
+
+
 _RUN_WORDS: dict[str, tuple[Callable[..., Any], Callable[[Path, dict[str, Any]], str]]] = {
     "navigation": (_policy_bar, _policy_text),
     "perception": (_classifier_bar, _classifier_text),
+    "ssl2rl": (_loop_bar, _loop_text),
 }
 """Of each kind of run: its bar on a terminal, and what is said at its end."""
 _JUDGED = {

@@ -193,13 +193,19 @@ class PerceptionDataConfig:
     """Of the holes, in whole squares, held out of training (SSL²-RL, table 1: 2164 of 8653)."""
     labelled_fraction: float = 0.05
     """Of the labelled training holes: how many labels are used; the others count as unlabelled."""
-    validation_labelled_fraction: float = 0.0
+    validation_labelled_fraction: float | None = 0.0
     """Of the validation holes: known to the hierarchical posterior, as in a session under way.
 
-    The classifier never sees them, and nothing is reported on them.
+    The classifier never sees them, and nothing is reported on them. None: ``labelled_fraction``.
     """
     low_ctf_threshold_A: float = 6.0
     """Å; a hole is low-CTF below it (SSL²-RL, section 4)."""
+
+    @property
+    def known_fraction(self) -> float:
+        """``validation_labelled_fraction`` as a number."""
+        asked = self.validation_labelled_fraction
+        return self.labelled_fraction if asked is None else asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +328,7 @@ METHODS: dict[str, Method] = {
     # ours, beyond the paper
     "smooth": Method(rule="smooth"),
     "posterior": Method(rule="posterior", is_posterior_seen=True),
+    "ssl2rl-posterior": Method(rule="visit-order", is_posterior_seen=True),
     "q-values": Method(rule="q-values"),
     # ablations, SSL²-RL, appendix C.4
     "labelled-rl": Method(rule="visit-order", is_rl_labelled_only=True),
@@ -399,7 +406,10 @@ class SSL2RLRunConfig:
         elif method == "fixmatch":
             training = dataclasses.replace(training, method="fixmatch")
         if method == "full":
-            data = dataclasses.replace(data, labelled_fraction=1.0)
+            known = data.known_fraction
+            data = dataclasses.replace(
+                data, labelled_fraction=1.0, validation_labelled_fraction=known
+            )
         return PerceptionRunConfig(
             seed=self.seed,
             data=data,
@@ -806,6 +816,21 @@ def _ssl2rl_problems(config: SSL2RLRunConfig) -> Iterator[str]:
             yield f"loop.{name}: must be between 0 and 1, found {value}"
     if config.data.labelled_fraction == 1 and set(loop.methods) - {"supervised", "full-labels"}:
         yield "data.labelled_fraction: 1 leaves nothing to label for the methods of the loop"
+    rules = {METHODS[name].rule for name in loop.methods if name in METHODS}
+    if "q-values" in rules and loop.navigator != "algorithm":
+        yield f"loop.methods: q-values are of a trained policy, and loop.navigator is {loop.navigator}"
+    if "posterior" in rules and config.pretraining.num_folds == 0:
+        yield "loop.methods: the rule posterior needs pretraining.num_folds of 2 or more"
+    try:
+        env = navigation_config(config.env)
+    except ValueError:
+        return  # said above
+    if env.low_ctf_threshold_A != config.data.low_ctf_threshold_A:
+        yield (
+            f"data.low_ctf_threshold_A: {config.data.low_ctf_threshold_A:g}, and "
+            f"env.low_ctf_threshold_A is {env.low_ctf_threshold_A:g}; what is labelled and what is "
+            "rewarded must be the same"
+        )
 
 
 def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
@@ -893,12 +918,12 @@ def _perception_problems(config: PerceptionRunConfig) -> Iterator[str]:
         yield f"data.validation_share: must be below 1, found {data.validation_share}"
     if data.dataset is not None and data.preset != PerceptionDataConfig().preset:
         yield "data.preset: is of synthetic samples, and data.dataset names a folder; drop one"
-    if data.validation_labelled_fraction > 0 and training.num_folds == 0:
+    if data.known_fraction > 0 and training.num_folds == 0:
         yield (
             "data.validation_labelled_fraction: is for the hierarchical posterior, which needs "
             "training.num_folds of 2 or more"
         )
-    if data.validation_labelled_fraction == 1:
+    if data.known_fraction == 1:
         yield "data.validation_labelled_fraction: 1 leaves no hole to validate on"
     for name, value in (
         ("training.ema_decay", training.ema_decay),

@@ -1,4 +1,4 @@
-"""The whole of it in minutes: train on synthetic sessions, compare on others, draw the tour."""
+"""The whole of it in minutes: SSL²-RL's loop on a synthetic session, its report, a plan's map."""
 
 from __future__ import annotations
 
@@ -6,105 +6,103 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssl2rl_ray.config import NavigationRunConfig, from_dict, navigation_config
-from ssl2rl_ray.data.commands import import_synthetic_command
+import numpy as np
+
+from ssl2rl_ray.config import SSL2RLRunConfig, from_dict, navigation_config
 from ssl2rl_ray.data.folder import read_dataset
-from ssl2rl_ray.evaluate import contestant, draw_tour, evaluate, format_report
-from ssl2rl_ray.runs import RunDirectory
-from ssl2rl_ray.tensorboard import TensorBoard
-from ssl2rl_ray.train import train
+from ssl2rl_ray.evaluate import contestant, draw_tour
+from ssl2rl_ray.launch import run_config
+from ssl2rl_ray.loop.ssl2rl import format_summary
+from ssl2rl_ray.report import report, write_report
 
-AGAINST = ("random", "predict-rank", "snowball", "rate-index", "lagrange", "oracle")
-NUM_SESSIONS = 40
-
+METHOD = "ssl2rl-480"
+"""Whose policy draws the map."""
 CONFIG: dict[str, Any] = {
-    "kind": "navigation",
-    "sessions": {"synthetic": 1.0, "unlabelled": 1.0, "preset": "demo"},
-    "env": {
-        "preset": "cryorl",
-        "budget_min": 120.0,
-        "feature_set": "rates",
-        "action_level": "patch",
+    "kind": "ssl2rl",
+    "data": {
+        "preset": "demo",
+        "labelled_fraction": 0.2,
+        "validation_labelled_fraction": 0.2,
+        "validation_share": 0.4,
     },
+    "classifier": {"network": "cnn"},
+    "pretraining": {"learning_rate": 0.03, "unlabelled_ratio": 2, "num_folds": 3},
+    "finetuning": {"learning_rate": 0.01, "unlabelled_ratio": 2},
+    "env": {"preset": "paper", "budget_min": 480, "feature_set": "rates", "action_level": "patch"},
     "algorithm": {
-        "margin": 1.0,
-        "discount_per_min": 0.97,
         "n_step": 1,
+        "discount_per_min": 0.97,
         "batch_size": 256,
-        "buffer_capacity": 30_000,
-        "learning_starts": 1_000,
+        "buffer_capacity": 20000,
+        "learning_starts": 500,
         "epsilon_initial": 0.05,
-        "epsilon_steps": 10_000,
+        "epsilon_steps": 2000,
     },
-    "training": {
-        "num_env_steps": 40_000,
-        "num_validation_sessions": 32,
-        "evaluation_interval_steps": 10_000,
+    "rl": {
+        "num_env_steps": 4000,
+        "num_envs_per_runner": 16,
+        "num_validation_sessions": 8,
+        "evaluation_interval_steps": 2000,
+        "num_torch_threads": 2,
     },
+    "loop": {
+        "methods": ["fixmatch", "iterative-fixmatch", "ssl2rl-480", "posterior"],
+        "num_rounds": 2,
+        "num_rollouts": 5,
+        "num_starts": 20,
+        "pretraining_steps": 300,
+        "finetuning_steps": 100,
+    },
+    "compute": {"num_torch_threads": 2},
 }
-"""``tune_configs/demo.yaml`` says the same; it is here too because a wheel holds no configs."""
+"""``tune_configs/ssl2rl_demo.yaml`` says the same; it is here because a wheel has no configs."""
 
 
-def config(seed: int) -> NavigationRunConfig:
+def config(seed: int) -> SSL2RLRunConfig:
     """The demonstration's config."""
     chosen = from_dict({**CONFIG, "seed": seed}, "demo")
-    assert isinstance(chosen, NavigationRunConfig)
+    assert isinstance(chosen, SSL2RLRunConfig)
     return chosen
 
 
 def demo(
     out: Path, seed: int, *, argv: list[str], on_step: Callable[[str, float], None] | None = None
 ) -> dict[str, Any]:
-    """Trains, compares and draws; called again it goes on where it was, or shows the result again.
+    """Runs the loop and reports; called again it goes on where it was, or shows the result again.
 
     Args:
-        out: folder for the session, the run and the map.
+        out: folder for the run, the report and the map.
         seed: of everything.
         argv: the command line, for the run's manifest.
         on_step: told what is under way and its share done.
 
     Returns:
-        ``report`` (the JSON of ``evaluate``), the paths ``session``, ``run``, ``tensorboard``, and
-        ``image``, the map of the policy's tour (H, W, 3) uint8.
+        ``summary`` of the run, the paths ``run``, ``report``, ``tensorboard``, ``session`` (what RL
+        saw) and ``policy``, and ``image``, the map of that policy's tour (H, W, 3) uint8.
     """
-    chosen = config(seed)
-    session, folder = out / "session", out / "run"
-    dataset = (
-        read_dataset(session)
-        if session.exists()
-        else import_synthetic_command("demo", seed, session)
+    chosen, folder = config(seed), out / "run"
+    summary = run_config(
+        chosen,
+        folder,
+        resume=(folder / "manifest.json").exists(),
+        argv=argv,
+        progress=None if on_step is None else lambda row: on_step(row["stage"], row["share"]),
     )
-    start = RunDirectory.resume if (folder / "manifest.json").exists() else RunDirectory.create
-    with start(folder, chosen, argv=argv) as run:
-        total = chosen.training.num_env_steps
-        train(
-            chosen,
-            run,
-            progress=lambda row: (
-                on_step("training", row["num_env_steps"] / total) if on_step else None
-            ),
-        )
-    rules = navigation_config(chosen.env)
-    report = evaluate(
-        str(folder),
-        data=session,
-        budget_min=rules.budget_min,
-        num_sessions=NUM_SESSIONS,
-        session_kind="synthetic",
-        synthetic_preset="demo",
-        seed=seed + 1,
-        against=AGAINST,
-        on_step=on_step,
-    )
-    image = draw_tour(contestant(str(folder)), dataset.table, rules)
-    with TensorBoard(folder / "tensorboard") as board:
-        board.image("map", image, chosen.training.num_env_steps)
+    page = write_report(report([folder]), out / "report")
+    k = summary["methods"][METHOD]["kept"]["reward"]
+    last = folder / "methods" / METHOD / f"round-{k:02d}"
+    policy = last / "policy" if k else folder / "f0" / "fixmatch-algorithm-480" / "policy"
+    session = policy.parent / "session"
+    table = read_dataset(session).table
+    image = draw_tour(contestant(str(policy)), table, navigation_config(chosen.env))
     return {
-        "report": report,
-        "session": str(session),
+        "summary": summary,
         "run": str(folder),
+        "report": str(page),
         "tensorboard": str(folder / "tensorboard"),
-        "image": image,
+        "session": str(session),
+        "policy": str(policy),
+        "image": np.asarray(image),
     }
 
 
@@ -112,14 +110,14 @@ def format_result(result: dict[str, Any]) -> str:
     """What the demonstration says at its end."""
     return "\n".join(
         [
-            format_report(result["report"]),
+            format_summary(result["summary"]),
             "",
-            "This is one training seed, trained for a minute: it shows that everything works and "
-            "ranks nothing.",
+            "This is one seed of a small session, trained for minutes: it shows that everything "
+            "works and ranks nothing.",
+            f"report       {result['report']}",
             f"map          {result['map']}",
-            f"run          {result['run']}",
             f"TensorBoard  tensorboard --logdir {result['tensorboard']}",
-            f"a plan       ssl2rl plan {result['run']} --data {result['session']} "
-            "--budget-min 120 --out plan.csv",
+            f"a plan       ssl2rl plan {result['policy']} --data {result['session']} "
+            "--budget-min 480 --out plan.csv",
         ]
     )

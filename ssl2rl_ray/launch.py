@@ -65,9 +65,16 @@ def _perception() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return data_hashes, train_classifier
 
 
+def _ssl2rl() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from ssl2rl_ray.loop.ssl2rl import data_hashes, ssl2rl
+
+    return data_hashes, ssl2rl
+
+
 KINDS: dict[str, Callable[[], tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "navigation": _navigation,
     "perception": _perception,
+    "ssl2rl": _ssl2rl,
 }
 """Of each ``kind``: imports and returns ``data_hashes`` and ``train``."""
 

@@ -20,13 +20,15 @@ FILES = sorted(set(FOLDER.glob("*.yaml")) - set(SWEEPS))
 
 def test_there_are_configs():
     assert {path.stem for path in FILES} >= {
-        "demo",
         "fixmatch",
         "fixmatch_paper",
         "navigation_dqn",
         "navigation_dqn_paper",
         "smoke",
+        "ssl2rl_demo",
+        "ssl2rl_paper",
     }
+    assert {path.stem for path in SWEEPS} >= {"smoke_sweep", "ssl2rl_mini"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -67,8 +69,7 @@ def test_the_accepted_figures_are_trained_under_the_rules_they_are_measured_unde
     assert (paper.feature_set, paper.action_level) == ("paper", "hole")
 
 
-@pytest.mark.ray
 def test_the_demonstration_trains_its_config():
     from ssl2rl_ray.demo import config
 
-    assert config(0) == load_config(FOLDER / "demo.yaml")
+    assert config(0) == load_config(FOLDER / "ssl2rl_demo.yaml")

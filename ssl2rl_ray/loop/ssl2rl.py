@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 
 from ssl2rl_ray.config import METHODS, Method, SSL2RLRunConfig, check, to_dict, to_yaml
 from ssl2rl_ray.data.folder import read_dataset
+from ssl2rl_ray.evaluate import align
 from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.loop.diagnostics import has_fallen, is_collapsed, label_quality, tour_figures
 from ssl2rl_ray.loop.pseudo_labels import Evidence, num_positive, pseudo_labels
@@ -64,14 +65,18 @@ def data_hashes(config: SSL2RLRunConfig) -> dict[str, str]:
 
 
 def ssl2rl(
-    config: SSL2RLRunConfig, run: RunDirectory, *, progress: Tell | None = None
+    config: SSL2RLRunConfig,
+    run: RunDirectory,
+    *,
+    progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Plays all methods of the config to their end, from where the run was.
 
     Args:
         config: what the run was begun with.
         run: open for writing.
-        progress: told ``("METHOD round K: STAGE", share)``; None prints lines to stderr.
+        progress: told ``stage``, in words, its ``stage_share`` and the ``share`` of the whole run
+            that is done; None prints a line for each round to stderr.
 
     Returns:
         The summary: ``sample``, and for each method its ``rounds``, the round that each criterion
@@ -82,20 +87,29 @@ def ssl2rl(
         KeyboardInterrupt: after Ctrl-C; what is complete is on disk.
     """
     check(config)
-    tell = progress or _Lines()
+    progress = progress or _print_round
     task = Task.of(config)
     run.write_record("sample.json", task.describe())
     methods = {}
     needs_ray = any(is_trained(config.loop, METHODS[name]) for name in config.loop.methods)
     with local_ray(config.rl.num_env_runners + 1) if needs_ray else nullcontext():
-        for name in config.loop.methods:
+        for i, name in enumerate(config.loop.methods):
+            num_done, num_methods = i, len(config.loop.methods)
+
+            def tell(
+                row: dict[str, Any], num_done: int = num_done, num_methods: int = num_methods
+            ) -> None:
+                progress({**row, "share": (num_done + row["share"]) / num_methods})
+
             methods[name] = _play_method(task, name, run, tell)
     summary = {"sample": task.describe(), "methods": methods}
     run.write_summary(summary)
     return summary
 
 
-def _play_method(task: Task, name: str, run: RunDirectory, tell: Tell) -> dict[str, Any]:
+def _play_method(
+    task: Task, name: str, run: RunDirectory, progress: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """The rounds of one method, until it has had them all or goes wrong."""
     method, loop = METHODS[name], task.config.loop
     num_rounds = loop.num_rounds if method.rule else 0
@@ -107,19 +121,30 @@ def _play_method(task: Task, name: str, run: RunDirectory, tell: Tell) -> dict[s
             if (row := run.record(record)) is None:
                 if not k:
                     board.begin(to_dict(task.config), to_yaml(task.config), "selection/accuracy")
-                row = play_round(
-                    task,
-                    name,
-                    k,
-                    run.path,
-                    tell=lambda what, share, k=k: tell(f"{name} round {k}: {what}", share),
-                    is_last=k == num_rounds,
-                )
+
+                def tell(what: str, share: float, k: int = k) -> None:
+                    stage = f"{name} round {k}: {what}"
+                    done = k / (num_rounds + 1)
+                    progress({"stage": stage, "stage_share": share, "share": done})
+
+                row = play_round(task, name, k, run.path, tell=tell, is_last=k == num_rounds)
                 flat = scalars(row)
                 board.log(flat, k)
                 run.log({"method": name, "round": k, **flat})
                 run.write_record(record, row)
             rounds.append(row)
+            progress(
+                {
+                    "stage": f"{name} round {k}",
+                    "stage_share": 1.0,
+                    "share": (k + 1) / (num_rounds + 1),
+                    "accuracy": row["classifier"]["selection"]["accuracy"],
+                    "auc": row["classifier"]["selection"]["auc"],
+                    "episode_return": row["return"]["selection"][_duration(task, method)][
+                        "episode_return"
+                    ],
+                }
+            )
             if (stopped := _gone_wrong(task, rounds)) is not None and k < num_rounds:
                 print(f"warning: {name} ends after round {k}: {stopped}", file=sys.stderr)
                 break
@@ -270,6 +295,46 @@ def scalars(row: dict[str, Any]) -> dict[str, float | bool]:
     return flat
 
 
+def format_summary(summary: dict[str, Any]) -> str:
+    """The methods of a run side by side, as text; a run is one data set and ranks nothing."""
+    durations = list(next(iter(summary["methods"].values()))["rounds"][0]["return"]["test"])
+    rows = [("method", "round", "accuracy", "AUC", "posterior's", *(f"{d} min" for d in durations))]
+    for name, found in summary["methods"].items():
+        for criterion in CRITERIA:
+            k = found["kept"][criterion]
+            row = found["rounds"][k]
+            judged = [row["classifier"]["test"]]
+            judged += [row["posterior"]["test"]] if row["posterior"] else []
+            aucs = [_text(figures["auc"], 3) for figures in judged]
+            rows.append(
+                (
+                    f"{name}, by {criterion}",
+                    str(k),
+                    _text(judged[0]["accuracy"], 3),
+                    aucs[0],
+                    aucs[-1] if len(aucs) > 1 else "-",
+                    *(_text(row["return"]["test"][d]["episode_return"], 1) for d in durations),
+                )
+            )
+    sample = summary["sample"]
+    return "\n".join(
+        [
+            f"{sample['num_labelled']} labels of {sample['num_train']} training holes; rounds kept "
+            f"by {sample['num_selection']} selection holes, judged on {sample['num_test']} others",
+            align(rows),
+            *(
+                f"{n}: ended early, {m['stopped']}"
+                for n, m in summary["methods"].items()
+                if m["stopped"]
+            ),
+        ]
+    )
+
+
+def _text(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 class _Clock:
     """Seconds by stage."""
 
@@ -283,9 +348,11 @@ class _Clock:
         self.seconds[name] = time.perf_counter() - began
 
 
-class _Lines:
-    """A line for each stage, once it is done."""
-
-    def __call__(self, what: str, share: float) -> None:
-        if share >= 1:
-            print(what, file=sys.stderr, flush=True)
+def _print_round(row: dict[str, Any]) -> None:
+    if "accuracy" in row:
+        print(
+            f"{row['share']:>4.0%}  {row['stage']}  selection: accuracy {row['accuracy']:.3f}  "
+            f"AUC {row['auc']:.3f}  return {row['episode_return']:.1f}",
+            file=sys.stderr,
+            flush=True,
+        )

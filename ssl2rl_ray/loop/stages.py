@@ -53,7 +53,7 @@ from ssl2rl_ray.train import train
 
 _SELECTION, _STARTS, _ROLL_OUT = 10, 11, 12  # streams of random numbers of the run's seed
 _ROLL_OUT_FIELDS = ("visit_order", "value", "num_switches")
-_FEWEST_EPOCHS = 20
+_FEWEST_EPOCHS = 30
 """Of f_0 where ``loop.pretraining_steps`` would be fewer, as with all labels."""
 _LARGEST_LOGIT = 9.0
 Tell = Callable[[str, float], None]

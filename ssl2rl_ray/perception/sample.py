@@ -93,7 +93,7 @@ def split_of(config: PerceptionRunConfig, sample: Sample) -> Split:
         np.flatnonzero(has_label & ~held_out), data.labelled_fraction, rng(_LABELLED)
     )
     candidates = np.flatnonzero(has_label & held_out)
-    known = choose_labelled(candidates, data.validation_labelled_fraction, rng(_KNOWN))
+    known = choose_labelled(candidates, data.known_fraction, rng(_KNOWN))
     if not len(labelled) or len(known) == len(candidates):
         raise ValueError(
             f"seed {config.seed}: the split by squares leaves {len(labelled)} labelled holes to "
