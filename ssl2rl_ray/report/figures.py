@@ -35,6 +35,7 @@ _STYLES: dict[str, Style] = {
     "smooth": ("#cc79a7", "-.", "h"),
     "posterior": ("#882255", "-", "p"),
     "q-values": ("#999933", ":", "d"),
+    "ssl2rl-posterior": ("#0072b2", _LONG, "H"),
     "labelled-rl": ("#882255", "-.", "X"),
     "no-movement-cost": ("#e69f00", ":", "8"),
     # Figure 4 c-f: the classifier's own labels
@@ -51,7 +52,9 @@ _REFERENCES = {
 }
 """What stands beside the methods of a group, so that the panels can be read alone."""
 _LEVELS = ("hole", "patch", "square", "grid")
-_BY_SCORE = ("ssl2rl-480", "planner", "smooth", "posterior", "q-values", "true-labels")
+_BY_SCORE = (
+    "ssl2rl-480", "ssl2rl-posterior", "planner", "smooth", "posterior", "q-values", "true-labels",
+)  # fmt: skip
 """Methods whose rules Figure 4 f compares."""
 _OWN = "the classifier's own ranking, at equal N_C"
 _BAND = "bands and bars: 95 % t interval over data sets"
@@ -283,12 +286,13 @@ def _inconsistency(
                     lines.append(
                         line | {"spread": "none" if what else "band", "is_bound": bool(what)}
                     )
-            panels.append(_panel(f"{percent(fraction)}: {level}", "round", "R_B", lines))
+            panel = _panel(f"{percent(fraction)}: {level}", "round", "R_B", lines)
+            panels.append(panel | {"y_range": [0.0, 1.04]})
     return {
         "title": "Inconsistency of the pseudo labels, beside its bound",
-        "caption": "R_B of Lemma 1 by level: the share of inconsistent neighbours among the pseudo "
-        "labels, and the bound that the number of switches sets it (thin, dotted); means over the "
-        f"roll-outs; {_BAND}.",
+        "caption": "R_B of Lemma 1 by level: the share of the groups whose unlabelled holes got "
+        "pseudo labels of both kinds, and (thin, dotted) the largest share that the returns of "
+        f"the tour to groups it had left allow, whatever N_C; means over the roll-outs; {_BAND}.",
         "alt": "Inconsistency rate and its bound over rounds for patch, square and grid.",
         "columns": 3,
         "panels": panels,
@@ -483,6 +487,8 @@ def _draw_panel(axes: Any, panel: Mapping[str, Any], labels: dict[str, Any]) -> 
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     elif panel["x_label"] == "round":
         axes.xaxis.get_major_locator().set_params(integer=True)
+    if "y_range" in panel:
+        axes.set_ylim(*panel["y_range"])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", lw=0.6)
     axes.set_axisbelow(True)

@@ -59,6 +59,7 @@ code { font-size: .88em; overflow-wrap: anywhere; }
   nav { display: none; }
   h2, h3, h4 { break-after: avoid; }
   tr, figure { break-inside: avoid; }
+  table, .beside table { font-size: 8pt; }
   .scroll { overflow: visible; }
   figure .scroll img.wide { min-width: 0; }
   a { color: inherit; text-decoration: none; }
@@ -195,7 +196,7 @@ def _table(name: str, table: Mapping[str, Any]) -> str:
                     _by_fraction(table["rows"], found, decimals + 1, less, sign=True)
                 )
         if differences:
-            parts.append(f"<h4>{escape(quantity['title'])}: paired differences</h4>")
+            parts.append("<h4>Paired differences</h4>")
             parts.append(f'<div class="beside">{"".join(differences)}</div>')
     return "\n".join(parts)
 
@@ -240,11 +241,11 @@ def _grouped(
 
 def _cell(cell: Mapping[str, Any] | None, decimals: int, *, sign: bool = False) -> str:
     """A value with its interval and n; below it the paper's, or whether it is established."""
-    if cell is None or (not cell["n"] and cell.get("paper") is None):
+    if cell is None:
         return '<td class="none">–</td>'
     below, kind = "", ""
     if cell["n"] == 0:
-        text = "no run"
+        text, kind = "–" if cell.get("is_run", True) else "no run", ' class="none"'
     elif cell["n"] == 1:
         text = number(cell["mean"], decimals, sign=sign)
         below = f"<small>{_ONE}</small>"

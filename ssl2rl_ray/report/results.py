@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "supervised", "fixmatch", "iterative-fixmatch", "ssl2rl-120", "ssl2rl-480", "full-labels",
     ),
     "controls": ("labelled-only", "ranking", "planner", "true-labels"),
-    "ours": ("smooth", "posterior", "q-values"),
+    "ours": ("smooth", "posterior", "q-values", "ssl2rl-posterior"),
     "ablations": ("labelled-rl", "no-movement-cost"),
 }  # fmt: skip
 """The order of rows."""
@@ -33,6 +33,7 @@ _TITLES = {
     "iterative-fixmatch": "iterative FixMatch",
     "ssl2rl-120": "SSL²-RL 120",
     "ssl2rl-480": "SSL²-RL 480",
+    "ssl2rl-posterior": "SSL²-RL, policy sees the posterior",
     "full-labels": "full labels",
     "labelled-only": "labelled only, same steps",
     "ranking": "own ranking, equal N_C",
