@@ -818,7 +818,7 @@ def _ssl2rl_problems(config: SSL2RLRunConfig) -> Iterator[str]:
         yield "data.labelled_fraction: 1 leaves nothing to label for the methods of the loop"
     rules = {METHODS[name].rule for name in loop.methods if name in METHODS}
     if "q-values" in rules and loop.navigator != "algorithm":
-        yield f"loop.methods: q-values are of a trained policy, and loop.navigator is {loop.navigator}"
+        yield f"loop.methods: q-values are of trained policies, loop.navigator is {loop.navigator}"
     if "posterior" in rules and config.pretraining.num_folds == 0:
         yield "loop.methods: the rule posterior needs pretraining.num_folds of 2 or more"
     try:
