@@ -175,7 +175,7 @@ def _classifier_text(folder: Path, summary: dict[str, Any]) -> str:
 
 def _loop_bar(config: Any, progress: _Progress) -> Callable[[dict[str, Any]], None]:
     def bar(row: dict[str, Any]) -> None:
-        progress("rounds", row["share"], row["stage"])
+        progress("rounds", row["share"], f"{row['stage']} ({row['stage_share']:.0%})")
 
     return bar
 
@@ -433,7 +433,7 @@ class _Progress:
             self._bars.update(self._tasks[what], completed=share, description=text or what)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + self._SECONDS
-            print(f"{what}: {share:.0%}", file=sys.stderr, flush=True)
+            print(f"{text or what}: {share:.0%} done", file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:
         """A line that stays, above the bars."""

@@ -66,7 +66,11 @@ def config(seed: int) -> SSL2RLRunConfig:
 
 
 def demo(
-    out: Path, seed: int, *, argv: list[str], on_step: Callable[[str, float], None] | None = None
+    out: Path,
+    seed: int,
+    *,
+    argv: list[str],
+    on_step: Callable[[str, float, str], None] | None = None,
 ) -> dict[str, Any]:
     """Runs the loop and reports; called again it goes on where it was, or shows the result again.
 
@@ -74,19 +78,24 @@ def demo(
         out: folder for the run, the report and the map.
         seed: of everything.
         argv: the command line, for the run's manifest.
-        on_step: told what is under way and its share done.
+        on_step: told of what, the share done, and what is under way.
 
     Returns:
         ``summary`` of the run, the paths ``run``, ``report``, ``tensorboard``, ``session`` (what RL
         saw) and ``policy``, and ``image``, the map of that policy's tour (H, W, 3) uint8.
     """
     chosen, folder = config(seed), out / "run"
+
+    def bar(row: dict[str, Any]) -> None:
+        assert on_step is not None
+        on_step("the loop", row["share"], f"{row['stage']} ({row['stage_share']:.0%})")
+
     summary = run_config(
         chosen,
         folder,
         resume=(folder / "manifest.json").exists(),
         argv=argv,
-        progress=None if on_step is None else lambda row: on_step(row["stage"], row["share"]),
+        progress=bar if on_step else None,
     )
     page = write_report(report([folder]), out / "report")
     k = summary["methods"][METHOD]["kept"]["reward"]
