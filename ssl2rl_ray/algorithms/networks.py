@@ -152,7 +152,7 @@ class HoleNetwork(nn.Module):
         if self.is_patch:
             best, has_hole = self._best_hole(session, is_allowed)
             p = table("own_p", session).gather(1, best)
-            q = self.tail(per_patch + p[..., None] * own)
+            q = self.tail(per_patch.addcmul_(p[..., None], own))
             return q.masked_fill(~has_hole, -torch.inf)
         q = self.cell_values(per_patch, own, session).gather(1, table("hole_cell", session))
         return q.masked_fill(~is_allowed, -torch.inf)
