@@ -90,7 +90,8 @@ def ssl2rl(
     progress = progress or _print_round
     task = Task.of(config)
     run.write_record("sample.json", task.describe())
-    methods = {}
+    summary: dict[str, Any] = {}
+    methods: dict[str, Any] = {}
     needs_ray = any(is_trained(config.loop, METHODS[name]) for name in config.loop.methods)
     with local_ray(config.rl.num_env_runners + 1) if needs_ray else nullcontext():
         for i, name in enumerate(config.loop.methods):
@@ -102,8 +103,8 @@ def ssl2rl(
                 progress({**row, "share": (num_done + row["share"]) / num_methods})
 
             methods[name] = _play_method(task, name, run, tell)
-    summary = {"sample": task.describe(), "methods": methods}
-    run.write_summary(summary)
+            summary = {"sample": task.describe(), "methods": methods}
+            run.write_summary(summary)  # a report on a run under way reads what is done
     return summary
 
 
