@@ -61,12 +61,12 @@ def arithmetic(network: HoleNetwork, num_rollouts: int) -> Callable[[], None]:
     group = torch.rand(num_rollouts, num_patches, len(expander.group_columns))
     session = torch.zeros(num_rollouts, dtype=torch.long)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run() -> None:
         per_patch, own = network.first_layer(group)
         network.cell_values(per_patch, own, session)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run_per_patch() -> None:
         per_patch, own = network.first_layer(group)
         network.tail(per_patch + torch.ones(num_rollouts, num_patches, 1) * own)
@@ -109,6 +109,7 @@ def main() -> None:
     )
     parser.add_argument("--share", type=float, default=0.75, help="of the squares")
     parser.add_argument("--rollouts", type=int, default=5, help="M, side by side")
+    parser.add_argument("--only", default="", help="part of the policy's name")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -133,6 +134,8 @@ def main() -> None:
     report: dict[str, dict[str, float]] = {}
     print(f"{args.rollouts} roll-outs side by side over {len(table)} holes, one thread")
     for name, policy in players.items():
+        if args.only not in name:
+            continue
         total, within = seconds(policy, stack, rules, starts)
         report[name] = {"seconds": total}
         line = f"{name:24} {total:7.1f} s"

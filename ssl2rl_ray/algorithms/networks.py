@@ -222,7 +222,7 @@ def choose(network: Any, observation: Mapping[str, np.ndarray]) -> IntArray:
     return choose_and_value(network, observation)[0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def choose_and_value(
     network: Any, observation: Mapping[str, np.ndarray]
 ) -> tuple[IntArray, FloatArray]:
