@@ -440,72 +440,90 @@ def run_sweep(
     Raises:
         RunError: the folder holds something else, another sweep (each difference is named), or
             another process is at it.
-        ValueError: a trial does not fit on the cluster.
+        ValueError: a trial does not fit on the cluster; then no folder is made.
         KeyboardInterrupt: after Ctrl-C, once the trials have saved their states.
     """
     folder = Path(out).resolve()
-    if not os.environ.get("RAY_ADDRESS"):
-        num_concurrent(sweep, find_room())  # before the folder is made
-    lock = _open_folder(sweep, folder, resume)
-    try:
-        reasons: dict[str, dict[str, Any]] = {}
-        todo = [name for name in sweep.trials if trial_status(folder / name) != "finished"]
-        for name in todo:
-            _remove_stillborn(folder / name)
-        if todo:
-            with local_ray(_own_cpus()):
-                reasons = _run_trials(sweep, folder, todo, argv, on_event or (lambda event: None))
-        found = {name: trial_status(folder / name) for name in sweep.trials}
-        return {
-            "out": str(folder),
-            "num_trials": len(found),
-            "num_finished": sum(status == "finished" for status in found.values()),
-            "num_run": len(todo),
-            "trials": {
-                name: {"status": status, "run": str(folder / name)}
-                | (reasons.get(name, {}) if status != "finished" else {})
-                for name, status in found.items()
-            },
-        }
-    finally:
-        os.close(lock)
-
-
-def _open_folder(sweep: Sweep, folder: Path, resume: bool) -> int:
-    """Makes or checks the sweep's folder and returns its lock; raises RunError."""
-    asked = {
-        "base": sweep.base,
-        "space": sweep.space,
-        "tune": dataclasses.asdict(sweep.tune),
+    _check_folder(sweep, folder, resume)
+    reasons: dict[str, dict[str, Any]] = {}
+    todo = _unfinished(sweep, folder)
+    if todo:
+        if not os.environ.get("RAY_ADDRESS"):
+            num_concurrent(sweep, find_room())  # before Ray is started
+        with local_ray(_own_cpus()):
+            num_trials = num_concurrent(sweep, _cluster_room())
+            with _held(sweep, folder):  # only now the folder is made
+                todo = _unfinished(sweep, folder)
+                told = on_event or (lambda event: None)
+                reasons = _run_trials(sweep, folder, todo, num_trials, argv, told)
+    found = {name: trial_status(folder / name) for name in sweep.trials}
+    return {
+        "out": str(folder),
+        "num_trials": len(found),
+        "num_finished": sum(status == "finished" for status in found.values()),
+        "num_run": len(todo),
+        "trials": {
+            name: {"run": str(folder / name), "status": status}
+            | (reasons.get(name, {}) if status != "finished" else {})
+            for name, status in found.items()
+        },
     }
+
+
+def _unfinished(sweep: Sweep, folder: Path) -> list[str]:
+    return [name for name in sweep.trials if trial_status(folder / name) != "finished"]
+
+
+def _check_folder(sweep: Sweep, folder: Path, resume: bool) -> None:
+    """Raises RunError where the folder is not for this sweep."""
     file = folder / "sweep.yaml"
     if resume:
         if not file.exists():
             raise RunError(f"{folder} holds no sweep (no sweep.yaml): leave --resume out")
         begun = read_yaml(os.fspath(file))
-        changed = list(differences(_identity(begun), _identity(asked)))
-        if changed:
+        if changed := list(differences(_identity(begun), _identity(_asked(sweep)))):
             raise RunError(
                 f"{folder} was begun as another sweep:\n  "
                 + "\n  ".join(changed)
                 + "\nresume it as it was (sweep.yaml there), or choose another --out"
             )
-    else:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            found = sorted(entry.name for entry in folder.iterdir())
-        except OSError as error:
-            raise RunError(f"cannot make the folder {folder}: {error}") from error
-        if "sweep.yaml" in found:
-            raise RunError(
-                f"{folder} holds a sweep already: add --resume to go on with it, or choose "
-                "another --out"
-            )
-        if found:
-            raise RunError(f"{folder} is not empty ({found[0]!r}): choose another --out")
-    lock = acquire_lock(folder)
-    write_text(file, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
-    return lock
+        return
+    try:
+        found = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise RunError(f"cannot use the folder {folder}: {error}") from error
+    if "sweep.yaml" in found:
+        raise RunError(
+            f"{folder} holds a sweep already: add --resume to go on with it, or choose "
+            "another --out"
+        )
+    if found:
+        raise RunError(f"{folder} is not empty ({found[0]!r}): choose another --out")
+
+
+@contextlib.contextmanager
+def _held(sweep: Sweep, folder: Path) -> Iterator[None]:
+    """The folder, made where it is missing, with what was asked and its lock; or RunError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = acquire_lock(folder)
+    except OSError as error:
+        raise RunError(f"cannot make the folder {folder}: {error}") from error
+    try:
+        text = yaml.safe_dump(_asked(sweep), sort_keys=False, allow_unicode=True)
+        write_text(folder / "sweep.yaml", text)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _asked(sweep: Sweep) -> dict[str, Any]:
+    """What ``sweep.yaml`` in the folder says: a sweep file again."""
+    return {
+        "base": dict(sweep.base),
+        "space": dict(sweep.space),
+        "tune": dataclasses.asdict(sweep.tune),
+    }
 
 
 def _identity(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -536,10 +554,13 @@ def _run_trials(
     sweep: Sweep,
     folder: Path,
     todo: Sequence[str],
+    num_concurrent: int,
     argv: Sequence[str],
     on_event: Callable[[Event], None],
 ) -> dict[str, dict[str, Any]]:
     """Takes the trials to their ends; returns of each that failed the ``reason``."""
+    for name in todo:
+        _remove_stillborn(folder / name)
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     with _quiet():
@@ -571,7 +592,7 @@ def _run_trials(
         trainable,
         param_space={"trial": tune.grid_search(list(todo))},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=num_concurrent(sweep, _cluster_room()),
+            max_concurrent_trials=num_concurrent,
             reuse_actors=True,  # the next trial need not start Python and torch again
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -679,7 +700,10 @@ class _Hall:
                     hall.left(trial.config["trial"], message)
 
             def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                reason = f"its process died ({_first_line(trial.get_error())})"
+                reason = (
+                    "its process died (killed, or out of memory); a resumed sweep goes on from its "
+                    "last checkpoint"
+                )
                 hall.left(trial.config["trial"], {"status": "failed", "reason": reason})
 
         return Callback()
@@ -700,10 +724,6 @@ class _Hall:
                 return hall.is_closed()
 
         return Stopper()
-
-
-def _first_line(error: Any) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _trial(point: dict[str, str], task: dict[str, Any]) -> dict[str, Any]:

@@ -254,7 +254,8 @@ def begun_folder(tmp_path: Path) -> tuple[Sweep, Path]:
     """A sweep whose trials are all finished, without training any."""
     sweep = load_sweep(write(tmp_path))
     out = tmp_path / "out"
-    os.close(sweeps._open_folder(sweep, out, resume=False))
+    with sweeps._held(sweep, out):
+        pass
     for name, config in sweep.trials.items():
         with RunDirectory.create(out / name, config) as run:
             run.write_summary({})
@@ -280,7 +281,11 @@ def test_another_sweep_is_refused_with_the_differences(tmp_path):
     assert "space.seed: [0, 1], now [0, 2]" in said and "tune.num_cpus: 1, now 2" in said
     # how many run at once makes no other sweep
     run_sweep(load_sweep(path, ["tune.max_concurrent=1"]), out, resume=True)
-    assert yaml.safe_load((out / "sweep.yaml").read_text())["tune"]["max_concurrent"] == 1
+
+
+def test_what_was_asked_is_kept_as_a_sweep_file(tmp_path):
+    sweep, out = begun_folder(tmp_path)
+    assert load_sweep(out / "sweep.yaml") == sweep
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
@@ -291,9 +296,12 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         run_sweep(sweep, tmp_path / "nowhere", resume=True)
     with pytest.raises(RunError, match="is not empty"):
         run_sweep(sweep, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot use the folder"):
+        run_sweep(sweep, tmp_path / "file")
     lock = acquire_lock(out)
-    with pytest.raises(RunError, match="another process is writing"):
-        run_sweep(sweep, out, resume=True)
+    with pytest.raises(RunError, match="another process is writing"), sweeps._held(sweep, out):
+        pass
     os.close(lock)
 
 
@@ -350,6 +358,19 @@ def wait_for(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"{text!r} was not said:\n{said}")
 
 
+def kill_trial(driver: subprocess.Popen[str]) -> None:
+    """Kills the process of the one trial that runs."""
+    import ray  # noqa: F401  (brings psutil)
+    import psutil  # isort: skip
+
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ray::ImplicitFunc" in " ".join(process.cmdline()):
+                process.kill()
+                return
+    raise AssertionError("no trial runs")
+
+
 def plain_summary(config: PerceptionRunConfig, folder: Path) -> dict:
     """Of the same config run by itself, as ``ssl2rl run`` does."""
     return run_config(config, folder, progress=lambda row: None)
@@ -365,7 +386,7 @@ def read_summary(folder: Path) -> dict:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_sweep_outlives_its_driver_and_ends_as_plain_runs(tmp_path, home):
-    """Killed when one trial is finished and one runs; then stopped by Ctrl-C; then to its end."""
+    """Killed when one trial is finished and one runs; stopped by Ctrl-C; then the trial killed."""
     changes = {"num_epochs": 40, "evaluation_interval_epochs": 5}
     path = write(tmp_path, base={**BASE, "training": {**BASE["training"], **changes}})
     out = tmp_path / "out"
@@ -383,6 +404,8 @@ def test_a_sweep_outlives_its_driver_and_ends_as_plain_runs(tmp_path, home):
     assert trial_status(out / "seed-1") == "interrupted"
 
     with command(home, *words, "--resume") as third:
+        wait_for(third, "running     seed-1 (1 of 2 finished)")
+        kill_trial(third)
         said, _ = third.communicate()
     assert third.returncode == 0 and "2 of 2 trials finished" in said, said
     assert (out / "seed-0" / "manifest.json").read_bytes() == before  # left alone
