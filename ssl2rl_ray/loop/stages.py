@@ -430,6 +430,10 @@ def navigate(task: Task, method: Method, belief: Belief, folder: Path, tell: Tel
             calibration=_as_it_is(belief.effects).to_json(),
         )
     stage, here = config.navigation_run(str(session), env), folder / "policy"
+    if (here / "manifest.json").exists() and RunDirectory.open(here).status != "finished":
+        # A policy's checkpoints leave out the episodes under way (and the replay buffer): gone on
+        # with, training would end elsewhere than uninterrupted. It is begun anew.
+        shutil.rmtree(here)
     if (run := _begun(here, stage)) is not None:
         steps = stage.training.num_env_steps
         with run:
