@@ -18,6 +18,7 @@ from envs.cryoem.images import draw_images
 from envs.cryoem.synthetic import draw_session
 from ssl2rl_ray.config import METHODS, ConfigError, LoopConfig, SSL2RLRunConfig, load_config
 from ssl2rl_ray.data.folder import read_dataset, write_dataset
+from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.loop.ssl2rl import _gone_wrong, kept_round, ssl2rl
 from ssl2rl_ray.loop.stages import Belief, Task, believe, pretrain, session_of
 from ssl2rl_ray.perception.model import model_of_run
@@ -95,6 +96,13 @@ RL = HEAD | {
     "rl.num_torch_threads": 1,
 }
 """Heads for speed, and a policy that learns a little."""
+
+
+@pytest.fixture
+def one_ray():
+    """Of all runs of a test."""
+    with local_ray(1):
+        yield
 
 
 def quiet(row: dict[str, Any]) -> None:
@@ -363,8 +371,8 @@ def test_the_bounds_do_read_the_labels(demo_dir, tmp_path):
 
 
 @pytest.mark.ray
-def test_policies_learn_nothing_from_labels_that_nobody_may_know(tmp_path, demo_dir):
-    changes = RL | {"loop.methods": "[ssl2rl-120, labelled-rl, q-values]"}
+def test_policies_learn_nothing_from_labels_that_nobody_may_know(tmp_path, demo_dir, one_ray):
+    changes = RL | {"loop.methods": "[labelled-rl, q-values]", "env.budget_min": 60}
     clean = config(demo_dir, **changes)
     secret = config(poison(demo_dir, Task.of(clean), tmp_path / "poisoned"), **changes)
     a, b = (decided(played(tmp_path / n, c)) for n, c in (("a", clean), ("b", secret)))
@@ -506,7 +514,7 @@ def test_a_run_broken_off_at_every_stage_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.ray
-def test_so_does_a_run_broken_off_while_a_policy_is_trained(demo_dir, tmp_path):
+def test_so_does_a_run_broken_off_while_a_policy_is_trained(demo_dir, tmp_path, one_ray):
     chosen = config(demo_dir, **RL, **{"loop.methods": "[ssl2rl-120]"})
     whole = played(tmp_path / "whole", chosen)
     met = play_brokenly(tmp_path / "broken", chosen, False)
