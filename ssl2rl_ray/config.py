@@ -356,8 +356,10 @@ class LoopConfig:
     """N_C: share of the unlabelled holes that is labelled low-CTF. None: that of the labelled."""
     num_rollouts: int = 5
     """M: visit orders of all holes, from random starts."""
-    exploration: float = 0.1
-    """How far roll-outs stray from the policy, so that their agreement means something."""
+    exploration: float = 0.5
+    """Share of the spread of what the predictions do not say (random effects of grid, square and
+    patch, and as much of each hole's own) that every roll-out draws for itself, so that the
+    agreement of roll-outs means something; 0: they differ by their starts only."""
     navigator: Literal["algorithm", "lagrange", "rate-index"] = "algorithm"
     """Who navigates: RL, trained in every round, or a planner."""
     durations_min: tuple[float, ...] = (120.0, 480.0)

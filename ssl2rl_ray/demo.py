@@ -26,8 +26,8 @@ CONFIG: dict[str, Any] = {
         "validation_share": 0.4,
     },
     "classifier": {"network": "cnn"},
-    "pretraining": {"learning_rate": 0.03, "unlabelled_ratio": 2, "num_folds": 3},
-    "finetuning": {"learning_rate": 0.01, "unlabelled_ratio": 2},
+    "pretraining": {"learning_rate": 0.03, "unlabelled_ratio": 2, "num_folds": 2},
+    "finetuning": {"learning_rate": 0.01, "unlabelled_ratio": 2, "unsupervised_weight": 4.0},
     "env": {"preset": "paper", "budget_min": 480, "feature_set": "rates", "action_level": "patch"},
     "algorithm": {
         "n_step": 1,
@@ -39,10 +39,10 @@ CONFIG: dict[str, Any] = {
         "epsilon_steps": 2000,
     },
     "rl": {
-        "num_env_steps": 4000,
+        "num_env_steps": 3000,
         "num_envs_per_runner": 16,
         "num_validation_sessions": 8,
-        "evaluation_interval_steps": 2000,
+        "evaluation_interval_steps": 1500,
         "num_torch_threads": 2,
     },
     "loop": {
@@ -50,8 +50,8 @@ CONFIG: dict[str, Any] = {
         "num_rounds": 2,
         "num_rollouts": 5,
         "num_starts": 20,
-        "pretraining_steps": 300,
-        "finetuning_steps": 100,
+        "pretraining_steps": 200,
+        "finetuning_steps": 60,
     },
     "compute": {"num_torch_threads": 2},
 }

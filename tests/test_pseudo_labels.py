@@ -106,12 +106,12 @@ def test_self_and_ranking_by_hand():
     evidence = evidence_of([0.9, 0.6, 0.5, 0.3, 0.2])
     found = pseudo_labels("self", evidence, 0.2)
     np.testing.assert_array_equal(found.is_low, [True, True, True, False, False])
-    np.testing.assert_allclose(found.confidence, [0.9, 0.6, 0.5, 0.7, 0.8])
+    np.testing.assert_allclose(found.confidence, [0.8, 0.2, 0, 0.4, 0.6], atol=1e-12)
     np.testing.assert_allclose(found.score, [1, 0.75, 0.5, 0.25, 0])
     found = pseudo_labels("ranking", evidence, 0.2)
     np.testing.assert_array_equal(found.is_low, [True, False, False, False, False])
-    # What the cutoff overrules is what it is least sure of.
-    np.testing.assert_allclose(found.confidence, [0.9, 0.4, 0.5, 0.7, 0.8])
+    # What the cutoff overrules is more probably wrong than right: it is not drawn at all.
+    np.testing.assert_allclose(found.confidence, [0.8, 0, 0, 0.4, 0.6], atol=1e-12)
 
 
 def test_equal_scores_are_taken_in_the_order_of_the_table():
@@ -128,7 +128,7 @@ def test_q_values_and_posterior_by_hand():
     np.testing.assert_allclose(found.confidence, [2 / 3] * 4)
     found = pseudo_labels("posterior", evidence, 0.5)
     np.testing.assert_array_equal(found.is_low, [False, True, True, False])
-    np.testing.assert_allclose(found.confidence, [0.9, 0.8, 0.7, 0.8])
+    np.testing.assert_allclose(found.confidence, [0.8, 0.6, 0.4, 0.6])
 
 
 def test_a_roll_out_does_not_vote_on_holes_that_it_did_not_choose():

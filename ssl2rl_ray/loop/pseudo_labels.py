@@ -87,7 +87,8 @@ class PseudoLabels:
     """(N,) False where labelled."""
     confidence: FloatArray
     """(N,) in [0, 1]: the share of the rows that agree with the label (at least 1/2) or, of one row
-    of probabilities, P(the label is right); 0 where labelled, and where the rule has no opinion."""
+    of probabilities, P(right) - P(wrong), 0 or more: the part of a noisy label's gradient that does
+    not cancel on average. 0 where labelled, and where the rule has no opinion."""
     score: FloatArray
     """(N,) in [0, 1]: mean over rows of the share of the other unlabelled holes that come after
     this one (1 = always the first); 1/2 where the rule has no opinion, NaN where labelled."""
@@ -139,7 +140,7 @@ def pseudo_labels(
     is_low = (for_low > 0.5) | ((for_low == 0.5) & is_among_first)
     confidence = np.maximum(for_low, 1 - for_low)
     if score.is_probability:
-        confidence = np.where(is_low, value[0], 1 - value[0])
+        confidence = np.clip(np.where(is_low, 2 * value[0] - 1, 1 - 2 * value[0]), 0, 1)
     after = 1 - mean(rank / np.maximum(num_said - 1, 1))
     n, has_opinion = len(evidence.table), num_opinions > 0
     return PseudoLabels(

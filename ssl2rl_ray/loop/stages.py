@@ -542,6 +542,7 @@ def visit_all(
         start_hole=rng.integers(len(table), size=config.loop.num_rollouts),
         duration_min=rules.budget_min,
         exploration=config.loop.exploration,
+        effects=belief.effects,
         rng=rng,
         on_step=lambda share: tell("roll-outs", share),
     )
