@@ -19,7 +19,7 @@ from envs.cryoem.synthetic import draw_session
 from ssl2rl_ray.config import METHODS, ConfigError, LoopConfig, SSL2RLRunConfig, load_config
 from ssl2rl_ray.data.folder import read_dataset, write_dataset
 from ssl2rl_ray.local_ray import local_ray
-from ssl2rl_ray.loop.ssl2rl import _gone_wrong, kept_round, ssl2rl
+from ssl2rl_ray.loop.ssl2rl import _gone_wrong, _print_round, kept_round, ssl2rl
 from ssl2rl_ray.loop.stages import Belief, Task, believe, pretrain, session_of
 from ssl2rl_ray.perception.model import model_of_run
 from ssl2rl_ray.runs import RunDirectory
@@ -422,9 +422,18 @@ def test_a_fall_of_two_rounds_ends_a_method(accuracies, is_over):
         assert f"from {max(accuracies):.3f} to {accuracies[-1]:.3f}" in found
 
 
-def test_a_collapse_ends_a_method_at_once():
-    found = _gone_wrong(task_of(), rows_of(0.6, 0.6, is_collapsed=True))
+def test_a_collapse_ends_a_method_at_once_unless_f_0_was_no_better():
+    rows = rows_of(0.6, 0.6, is_collapsed=True)
+    found = _gone_wrong(task_of(), rows)
     assert found is not None and "collapse" in found
+    assert _gone_wrong(task_of(), rows[1:]) is None
+    assert _gone_wrong(task_of(), rows[1:] * 2) is None
+
+
+def test_a_round_that_cannot_be_judged_is_told_all_the_same(capsys):
+    row = {"share": 0.5, "stage": "planner round 1", "accuracy": 0.61, "auc": None}
+    _print_round(row | {"episode_return": 12.3})
+    assert "planner round 1  selection: accuracy 0.610  AUC -" in capsys.readouterr().err
 
 
 def test_the_first_of_equal_rounds_is_kept():

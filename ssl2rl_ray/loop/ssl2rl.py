@@ -261,7 +261,7 @@ def _duration(task: Task, method: Method) -> str:
 
 def _gone_wrong(task: Task, rounds: list[dict[str, Any]]) -> str | None:
     """Why a method had better end here; None = it goes well."""
-    if rounds[-1]["is_collapsed"]:
+    if rounds[-1]["is_collapsed"] and not rounds[0]["is_collapsed"]:  # a timid f_0 may be mended
         return "nearly all holes are called one thing (collapse)"
     accuracies = [row["classifier"]["selection"]["accuracy"] for row in rounds]
     max_fall = task.config.loop.max_fall
@@ -352,8 +352,8 @@ class _Clock:
 def _print_round(row: dict[str, Any]) -> None:
     if "accuracy" in row:
         print(
-            f"{row['share']:>4.0%}  {row['stage']}  selection: accuracy {row['accuracy']:.3f}  "
-            f"AUC {row['auc']:.3f}  return {row['episode_return']:.1f}",
+            f"{row['share']:>4.0%}  {row['stage']}  selection: accuracy {_text(row['accuracy'], 3)}"
+            f"  AUC {_text(row['auc'], 3)}  return {row['episode_return']:.1f}",
             file=sys.stderr,
             flush=True,
         )
