@@ -429,8 +429,10 @@ class SSL2RLRunConfig:
             kept |= {"learning_rate": rate, "num_epochs": training.num_epochs or 40}
             training = PerceptionTrainingConfig(method="supervised", **kept)
         else:
-            values = {f.name: getattr(training, f.name) for f in dataclasses.fields(training)}
-            training = PerceptionTrainingConfig(**values | {"pseudo_labels": pseudo_labels})
+            values: dict[str, Any] = {
+                f.name: getattr(training, f.name) for f in dataclasses.fields(training)
+            }
+            training = PerceptionTrainingConfig(**{**values, "pseudo_labels": pseudo_labels})
         return PerceptionRunConfig(
             seed=self.seed,
             # labels known in validation squares are the posterior's, which a round does not fit

@@ -158,6 +158,7 @@ class Training:
 
     def _initial_classifier(self, name: str) -> Classifier:
         classifier, size = self.config.classifier, self.sample.images.shape[1]
+        assert classifier.network != "head"  # ``config.check``
         made = make_classifier(classifier.network, size, classifier.dropout)
         if self.initial is not None:
             made.load_state_dict(self.initial.weights[name])
