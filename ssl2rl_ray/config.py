@@ -789,6 +789,8 @@ def _ssl2rl_problems(config: SSL2RLRunConfig) -> Iterator[str]:
     yield from (problem for problem in found if not problem.startswith("seed:"))
     if network == "head" and config.data.dataset is None:
         yield "classifier.network: head is for the predictions of a data.dataset without images"
+    if network == "head":
+        yield from _of_images_only(config)
     if config.classifier.initial is not None:
         yield "classifier.initial: the loop makes its own f_0; it is of kind perception"
     if config.pretraining.method == "finetuning":
@@ -835,6 +837,23 @@ def _ssl2rl_problems(config: SSL2RLRunConfig) -> Iterator[str]:
             f"env.low_ctf_threshold_A is {env.low_ctf_threshold_A:g}; what is labelled and what is "
             "rewarded must be the same"
         )
+
+
+def _of_images_only(config: SSL2RLRunConfig) -> Iterator[str]:
+    """Settings that a head, which is solved exactly, does not read."""
+    read = {
+        "pretraining": ("method", "num_folds"),
+        "finetuning": ("method", "num_folds", "unsupervised_weight", "pseudo_labels"),
+    }
+    for stage, names in read.items():
+        asked, default = getattr(config, stage), type(getattr(config, stage))()
+        for field_ in dataclasses.fields(asked):
+            name = field_.name
+            if name not in names and getattr(asked, name) != getattr(default, name):
+                yield f"{stage}.{name}: is of image networks; a head is solved exactly"
+    for name in ("pretraining_steps", "finetuning_steps"):
+        if getattr(config.loop, name) is not None:
+            yield f"loop.{name}: is of image networks; a head is solved exactly"
 
 
 def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:

@@ -98,9 +98,7 @@ def demo(
         progress=bar if on_step else None,
     )
     page = write_report(report([folder]), out / "report")
-    k = summary["methods"][METHOD]["kept"]["reward"]
-    last = folder / "methods" / METHOD / f"round-{k:02d}"
-    policy = last / "policy" if k else folder / "f0" / "fixmatch-algorithm-480" / "policy"
+    policy = folder / summary["methods"][METHOD]["recommended"]["policy"]
     session = policy.parent / "session"
     table = read_dataset(session).table
     image = draw_tour(contestant(str(policy)), table, navigation_config(chosen.env))

@@ -79,6 +79,7 @@ def config(dataset: Path, **changes) -> SSL2RLRunConfig:
 
 HEAD = {
     "classifier.network": "head",
+    "pretraining.learning_rate": "null",
     "loop.pretraining_steps": "null",
     "loop.finetuning_steps": "null",
 }
@@ -562,5 +563,7 @@ def test_what_would_fail_rounds_later_is_said_at_once(sample_dir, changes, messa
 def test_f_0_is_made_once(run, sample_dir):
     told: list[str] = []
     task = Task.of(config(sample_dir))
-    found = pretrain(task, "as configured", run / "f0", lambda what, share: told.append(what))
+    found = pretrain(
+        task, METHODS["iterative-fixmatch"], run / "f0", lambda what, share: told.append(what)
+    )
     assert found == run / "f0" / "supervised" and not told

@@ -41,6 +41,7 @@ from ssl2rl_ray.loop.stages import (
     navigate,
     navigation_key,
     pretrain,
+    pretraining_of,
     session_of,
     visit_all,
     write_labels,
@@ -80,7 +81,9 @@ def ssl2rl(
 
     Returns:
         The summary: ``sample``, and for each method its ``rounds``, the round that each criterion
-        ``kept`` by the selection squares, and why it ``stopped`` early.
+        ``kept`` by the selection squares, why it ``stopped`` early, and what is ``recommended``:
+        the folders, in the run, of classifier and policy of the round that ``loop.selection`` keeps
+        (the policy's is None where a planner navigates).
 
     Raises:
         ValueError: settings (``config.check``) or data that do not go together, by name.
@@ -116,9 +119,10 @@ def _play_method(
     num_rounds = loop.num_rounds if method.rule else 0
     rounds: list[dict[str, Any]] = []
     stopped = None
-    with TensorBoard(run.path / "tensorboard" / name) as board:
-        for k in range(num_rounds + 1):
-            record = f"methods/{name}/round-{k:02d}/round.json"
+    records = [f"methods/{name}/round-{k:02d}/round.json" for k in range(num_rounds + 1)]
+    num_done = sum(run.record(record) is not None for record in records)
+    with TensorBoard(run.path / "tensorboard" / name, first_step=num_done) as board:
+        for k, record in enumerate(records):
             if (row := run.record(record)) is None:
                 if not k:
                     board.begin(to_dict(task.config), to_yaml(task.config), "selection/accuracy")
@@ -131,7 +135,8 @@ def _play_method(
                 row = play_round(task, name, k, run.path, tell=tell, is_last=k == num_rounds)
                 flat = scalars(row)
                 board.log(flat, k)
-                run.log({"method": name, "round": k, **flat})
+                if not _is_logged(run, name, k):  # it may have been killed between the two
+                    run.log({"method": name, "round": k, **flat})
                 run.write_record(record, row)
             rounds.append(row)
             progress(
@@ -154,6 +159,23 @@ def _play_method(
         "rounds": rounds,
         "kept": kept,
         "stopped": stopped if len(rounds) <= num_rounds else None,
+        "recommended": _recommended(task, name, kept[loop.selection]),
+    }
+
+
+def _is_logged(run: RunDirectory, name: str, k: int) -> bool:
+    rows = run.metrics()
+    return bool(len(rows) and ((rows["method"] == name) & (rows["round"] == k)).any())
+
+
+def _recommended(task: Task, name: str, k: int) -> dict[str, Any]:
+    """Where classifier and policy of the round are that ``loop.selection`` keeps, in the run."""
+    method, here = METHODS[name], f"methods/{name}/round-{k:02d}"
+    policy = f"{here}/policy" if k else f"f0/{navigation_key(task, method)}/policy"
+    return {
+        "round": k,
+        "classifier": f"{here}/classifier" if k else f"f0/{pretraining_of(task, method)}",
+        "policy": policy if is_trained(task.config.loop, method) else None,
     }
 
 
@@ -173,7 +195,7 @@ def play_round(
         folder.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
     with clock("classifier"):
-        f_0 = pretrain(task, method.pretraining, run / "f0", tell)
+        f_0 = pretrain(task, method, run / "f0", tell)
         f_k = f_0
         if k:
             labels = before / "pseudo_labels.parquet"

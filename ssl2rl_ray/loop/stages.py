@@ -213,10 +213,15 @@ class Belief:
         return self.p_classifier
 
 
-def pretrain(task: Task, method: str, folder: Path, tell: Tell) -> Path:
-    """f_0 of a method (``Method.pretraining``), trained once for all methods; its folder."""
-    config = task.config
-    chosen = config.pretraining.method if method == "as configured" else method
+def pretraining_of(task: Task, method: Method) -> str:
+    """``supervised``, ``fixmatch`` or ``full``: how a method's f_0 is trained."""
+    asked = method.pretraining
+    return task.config.pretraining.method if asked == "as configured" else asked
+
+
+def pretrain(task: Task, method: Method, folder: Path, tell: Tell) -> Path:
+    """f_0 of a method, trained once for all that begin with it; its folder."""
+    config, chosen = task.config, pretraining_of(task, method)
     here = folder / chosen
     if task.images is None:
         return head.pretrain(task, here, has_all_labels=chosen == "full")
@@ -395,9 +400,8 @@ class Navigator:
 
 def navigation_key(task: Task, method: Method) -> str:
     """What tells apart the policies, and with them evaluation and roll-outs, of one f_0."""
-    f_0 = task.config.pretraining.method if method.pretraining == "as configured" else ""
     rules = navigation_config(env_of(task.config, method))
-    words = [f_0 or method.pretraining, method.navigator or task.config.loop.navigator]
+    words = [pretraining_of(task, method), method.navigator or task.config.loop.navigator]
     words += [f"{rules.budget_min:g}"]
     words += ["posterior"] * method.is_posterior_seen + ["labelled"] * method.is_rl_labelled_only
     return "-".join([*words, *["free"] * method.is_movement_free])
