@@ -209,6 +209,11 @@ def test_the_round_is_kept_by_selection_and_quoted_on_test(tmp_path):
         row = f"ssl2rl-480/dqn/{kept_by}"
         assert cell(document, "table4", row=row, quantity="return-480")["mean"] == earned
         assert cell(document, "table4", row=row, quantity="accuracy")["mean"] == accuracy
+    # table 6 is of the last round, which neither criterion need have kept
+    found = {"ssl2rl-480": method(*rounds, reward=0, accuracy=1)}
+    other = report([write_run(tmp_path / "other", found, loop={"num_rounds": 2})])
+    assert cell(other, "table6", row="ssl2rl-480", quantity="accuracy")["mean"] == 0.8
+    assert cell(other, "table6", row="ssl2rl-480", quantity="return-480")["mean"] == 250.0
     (line,) = (
         line
         for panel in document["figures"]["figure7-paper"]["panels"]

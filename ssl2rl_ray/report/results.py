@@ -85,8 +85,8 @@ class Played:
     stopped: str | None
 
     def at(self, kept_by: str, *path: str) -> float | None:
-        """A number of the kept round; None where it is not defined."""
-        number = self.kept.get(kept_by)
+        """A number of the kept round, or of the ``last``; None where it is not defined."""
+        number = self.rounds[-1].get("round") if kept_by == "last" else self.kept.get(kept_by)
         row = next((row for row in self.rounds if row.get("round") == number), None)
         return number_at(row, *path)
 

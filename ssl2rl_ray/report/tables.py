@@ -179,7 +179,7 @@ def tables(
     durations: Sequence[str],
     navigators: Sequence[str],
 ) -> dict[str, Any]:
-    """Tables 1 to 5 by file name.
+    """Tables 1 to 6 by file name.
 
     Args:
         played: of all navigators.
@@ -222,6 +222,11 @@ def tables(
             ("accuracy_at_median", "Accuracy at the median (equal positive share)"),
         )
     ]
+    of_posterior = [
+        {"name": f"posterior-{name}", "title": text, "path": ("posterior", "test", name),
+         "decimals": 3}
+        for name, text in (("accuracy", "Posterior: accuracy"), ("auc", "Posterior: AUC"))
+    ]  # fmt: skip
     no_run = [name for name in _ALWAYS if name not in methods]
     missing = f" No run of: {', '.join(map(title, no_run))}." if no_run else ""
     return {
@@ -243,6 +248,13 @@ def tables(
         "table3": _anova(runs),
         "table4": _ablations(played, main, navigators, methods, fractions, returns, of_classifier),
         "table5": _whole_system(played, rows, methods, fractions, durations),
+        "table6": _table(
+            played, rows("last"), [*of_classifier, *of_posterior, *returns], fractions, AGAINST,
+            title="Table 6: after the last round, whatever was kept",
+            caption="On the test squares, of the last round that was played: what a rule does to "
+            "the classifier, without the noise of choosing a round. Posterior: classifier, "
+            "neighbours and the labels that the run knows in the test squares.",
+        ),
     }  # fmt: skip
 
 
