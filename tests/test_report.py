@@ -255,6 +255,14 @@ def test_the_whole_system_stands_beside_the_classifier_of_full_labels(tmp_path):
     assert ratio["half_width"] == pytest.approx(0.0635310, abs=1e-6)
 
 
+def test_runs_that_split_their_squares_otherwise_are_not_one_cell(tmp_path):
+    for seed, share in enumerate((0.4, 0.6)):
+        loop = {"selection_share": share}
+        write_run(tmp_path / str(seed), {"smooth": of_test(0.5, 0.6)}, seed=seed, loop=loop)
+    with pytest.raises(ReportError, match=r"differ in loop\.selection_share"):
+        report([tmp_path])
+
+
 def test_anova_counts_samples_not_runs(three_seeds):
     again = {"labelled-only": of_test(0.5, 0.5)}
     write_run(three_seeds / "again", again, seed=0, fraction=0.1, share=0.5)  # seed 0's sample

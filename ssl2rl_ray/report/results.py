@@ -43,7 +43,7 @@ _TITLES = {
     "no-movement-cost": "no movement cost",
 }
 # What may differ between the data sets of one cell; `compute` says where a run ran, not what.
-_FREE = ("seed", "data.labelled_fraction", "loop.methods", "loop.selection", "compute.")
+_FREE = ("seed", "data.labelled_fraction", "loop.methods", "loop.selection")
 
 
 class ReportError(ValueError):
@@ -250,7 +250,11 @@ def _settings(config: SSL2RLRunConfig) -> dict[str, Any]:
             else:
                 yield prefix + name, value
 
-    return {n: v for n, v in flat(to_dict(config), "") if not n.startswith(_FREE)}
+    return {
+        name: value
+        for name, value in flat(to_dict(config), "")
+        if name not in _FREE and not name.startswith("compute.")
+    }
 
 
 def _methods(folder: Path, summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

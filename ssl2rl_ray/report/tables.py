@@ -235,7 +235,9 @@ def tables(
             title="Table 1: return of the navigation policy",
             caption="Episode return on the test squares, of the round that was kept by its return "
             "on the selection squares, in sessions as long as the method's RL was trained for, or "
-            "else the longest. Full labels learn from all labels in every column." + missing,
+            "else the longest. Full labels learn from all labels in every column. Where the policy "
+            "sees the posterior, it also has the labels that the run knows in the judged squares "
+            "(data.validation_labelled_fraction); the others have not." + missing,
         ),
         "table2": _table(
             played, rows("accuracy", is_whole=True), of_classifier, fractions, AGAINST,
