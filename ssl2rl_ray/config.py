@@ -359,7 +359,8 @@ class LoopConfig:
     exploration: float = 0.5
     """Share of the spread of what the predictions do not say (random effects of grid, square and
     patch, and as much of each hole's own) that every roll-out draws for itself, so that the
-    agreement of roll-outs means something; 0: they differ by their starts only."""
+    agreement of roll-outs means something; 0, or no folds in pretraining, which find the spread:
+    they differ by their starts and checkpoints only."""
     navigator: Literal["algorithm", "lagrange", "rate-index"] = "algorithm"
     """Who navigates: RL, trained in every round, or a planner."""
     durations_min: tuple[float, ...] = (120.0, 480.0)
@@ -820,13 +821,18 @@ def _ssl2rl_problems(config: SSL2RLRunConfig) -> Iterator[str]:
         value = getattr(loop, name)
         if value is not None and not 0 < value < 1:
             yield f"loop.{name}: must be between 0 and 1, found {value}"
-    if config.data.labelled_fraction == 1 and set(loop.methods) - {"supervised", "full-labels"}:
+    is_all = config.data.labelled_fraction == 1 and config.data.dataset is None
+    if is_all and set(loop.methods) - {"supervised", "full-labels"}:
         yield "data.labelled_fraction: 1 leaves nothing to label for the methods of the loop"
-    rules = {METHODS[name].rule for name in loop.methods if name in METHODS}
+    methods = [METHODS[name] for name in loop.methods if name in METHODS]
+    rules = {method.rule for method in methods}
     if "q-values" in rules and loop.navigator != "algorithm":
         yield f"loop.methods: q-values are of trained policies, loop.navigator is {loop.navigator}"
-    if "posterior" in rules and config.pretraining.num_folds == 0:
-        yield "loop.methods: the rule posterior needs pretraining.num_folds of 2 or more"
+    if config.pretraining.num_folds == 0:
+        if "posterior" in rules or any(method.is_posterior_seen for method in methods):
+            yield "loop.methods: the posterior needs pretraining.num_folds of 2 or more"
+        if loop.exploration not in (0, LoopConfig().exploration):
+            yield "loop.exploration: the spread is what pretraining.num_folds of 2 or more find"
     try:
         env = navigation_config(config.env)
     except ValueError:

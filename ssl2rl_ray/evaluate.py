@@ -200,6 +200,11 @@ def _policy_folder(name: str) -> Path:
         return folder
     if (folder / "manifest.json").is_file():
         run = RunDirectory.open(folder)
+        if run.manifest["kind"] == "ssl2rl":
+            raise ValueError(
+                f"{folder}: a run of the loop has many policies; name one, such as "
+                f"{folder / 'methods/METHOD/round-01/policy'}: `recommended` in its summary.json"
+            )
         if run.policy is None:
             raise ValueError(f"{folder}: this run has no policy yet (status {run.status!r})")
         return run.policy

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,21 @@ import torch
 
 from envs.cryoem.images import draw_images
 from envs.cryoem.synthetic import draw_session
+from envs.cryoem.types import NavigationConfig
+from ssl2rl_ray.cli import main
 from ssl2rl_ray.config import METHODS, ConfigError, LoopConfig, SSL2RLRunConfig, load_config
 from ssl2rl_ray.data.folder import read_dataset, write_dataset
 from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.loop.ssl2rl import _gone_wrong, _print_round, kept_round, ssl2rl
-from ssl2rl_ray.loop.stages import Belief, Task, believe, pretrain, session_of
+from ssl2rl_ray.loop.stages import (
+    Belief,
+    Task,
+    believe,
+    evaluate_policy,
+    navigate,
+    pretrain,
+    session_of,
+)
 from ssl2rl_ray.perception.model import model_of_run
 from ssl2rl_ray.runs import RunDirectory
 
@@ -550,7 +561,7 @@ def test_other_settings_do_not_go_on_with_a_run(run, sample_dir):
                 "pretraining.num_folds": 0,
                 "data.validation_labelled_fraction": 0,
             },
-            "the rule posterior needs",
+            "the posterior needs",
         ),
         ({"data.low_ctf_threshold_A": 5}, "what is labelled and what is rewarded"),
     ],
@@ -558,6 +569,152 @@ def test_other_settings_do_not_go_on_with_a_run(run, sample_dir):
 def test_what_would_fail_rounds_later_is_said_at_once(sample_dir, changes, message):
     with pytest.raises(ConfigError, match=message):
         config(sample_dir, **changes)
+
+
+@pytest.mark.parametrize("name", ["posterior", "ssl2rl-posterior"])
+def test_a_policy_that_sees_the_posterior_needs_one(sample_dir, name):
+    changes = {"pretraining.num_folds": 0, "data.validation_labelled_fraction": 0}
+    with pytest.raises(ConfigError, match="the posterior needs"):
+        config(sample_dir, **changes, **{"loop.methods": f"[{name}]"})
+
+
+def test_exploration_needs_the_folds_that_find_its_spread(sample_dir):
+    changes = {"pretraining.num_folds": 0, "data.validation_labelled_fraction": 0}
+    changes |= {"loop.methods": "[planner]"}
+    with pytest.raises(ConfigError, match=r"loop.exploration: the spread is what pretraining"):
+        config(sample_dir, **changes, **{"loop.exploration": 0.3})
+    for said_nothing_or_none in ({}, {"loop.exploration": 0}):
+        config(sample_dir, **changes, **said_nothing_or_none)
+
+
+def test_a_file_of_pseudo_labels_that_went_missing_is_an_error_not_a_control(
+    sample_dir, run, tmp_path
+):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "methods" / "smooth" / "round-01")
+    (again / "methods" / "smooth" / "round-00" / "pseudo_labels.parquet").unlink()
+    with (
+        RunDirectory.resume(again, config(sample_dir)) as opened,
+        pytest.raises(ValueError, match=r"pseudo_labels\.parquet"),
+    ):
+        ssl2rl(config(sample_dir), opened, progress=quiet)
+
+
+# ---- a user's own session: all labels that there are, and holes without any ----------------------
+
+
+def only_some_measured(source: Path, target: Path, share: float) -> Path:
+    """The dataset with the CTF of a share of its holes, drawn at random."""
+    dataset = read_dataset(source)
+    table = dataset.table
+    is_measured = np.random.default_rng(3).random(len(table)) < share
+    ctf = np.where(is_measured, table.ctf_max_resolution_A, np.nan)
+    table = table.replace(ctf_max_resolution_A=ctf, is_labelled=is_measured)
+    write_dataset(table, target, provenance={"notes": []})
+    return target
+
+
+def test_all_labels_of_a_session_may_be_used_and_the_rest_is_labelled(demo_dir, tmp_path):
+    mine = only_some_measured(demo_dir, tmp_path / "mine", 0.3)
+    changes = HEAD | {"data.labelled_fraction": 1, "loop.num_rounds": 1}
+    chosen = config(mine, **changes, **{"loop.methods": "[smooth, planner]"})
+    task = Task.of(chosen)
+    assert not np.isfinite(task.truth[task.split.unlabelled]).any()
+    found = summary_of(played(tmp_path / "run", chosen))["methods"]
+    for method in found.values():
+        first = method["rounds"][0]
+        figures = first["classifier"]["unlabelled"]
+        assert figures["num_holes"] == 0 and figures["accuracy"] is None
+        assert 0 < figures["positive_share"] < 1  # a collapse would be seen
+        labels = first["pseudo_labels"]
+        assert labels["num_unlabelled"] == len(task.train) - len(task.split.labelled) > 0
+        assert labels["labels"]["accuracy"] is None
+
+
+def test_a_session_that_is_labelled_throughout_leaves_nothing_to_label(demo_dir, tmp_path):
+    whole = HEAD | {"data.labelled_fraction": 1}
+    with pytest.raises(ValueError, match="every hole of the training squares is labelled"):
+        Task.of(config(demo_dir, **whole, **{"loop.methods": "[smooth]"}))
+    found = played(
+        tmp_path / "run", config(demo_dir, **whole, **{"loop.methods": "[supervised, full-labels]"})
+    )
+    first = summary_of(found)["methods"]["supervised"]["rounds"][0]
+    assert first["classifier"]["unlabelled"]["positive_share"] is None
+
+
+# ---- a policy without movement costs -------------------------------------------------------------
+
+
+def test_a_policy_without_movement_costs_does_not_learn_of_them_when_it_is_judged(
+    run, sample_dir, tmp_path
+):
+    task, f_0 = Task.of(config(sample_dir)), run / "f0" / "supervised"
+    belief = believe(task, f_0, f_0)
+    seen: list[NavigationConfig] = []
+    for name in ("planner", "no-movement-cost"):
+        navigator = navigate(task, METHODS[name], belief, tmp_path / name, lambda *_: None)
+
+        def make(stack, rules, made=navigator.make):
+            seen.append(rules)
+            return made(stack, rules)
+
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        watched = dataclasses.replace(navigator, make=make)
+        found = evaluate_policy(
+            task, METHODS[name], belief, watched, tmp_path / name, lambda *_: None
+        )
+        # whoever plays, the microscope takes its time
+        assert found["test"]["60"]["num_visits"] < 30
+    paper = NavigationConfig.preset("paper")
+    assert [rules.minutes for rules in seen] == [paper.minutes] * 4 + [(2.0,) * 4] * 4
+    assert [rules.budget_min for rules in seen] == [30.0, 60.0] * 4
+
+
+# ---- what TensorBoard has ------------------------------------------------------------------------
+
+
+def test_tensorboard_has_the_figures_of_every_round_by_method(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name, found in summary_of(run)["methods"].items():
+        events = EventAccumulator(str(run / "tensorboard" / name), {"scalars": 0})
+        events.Reload()
+        assert {
+            "selection/accuracy",
+            "selection/auc",
+            "test/accuracy",
+            "test_posterior/auc",
+            "selection/return_60",
+            "test/num_low_ctf_30",
+            "wall_s/classifier",
+        } <= set(events.Tags()["scalars"])
+        for tag, part, figure in (
+            ("selection/accuracy", "selection", "accuracy"),
+            ("test/auc", "test", "auc"),
+        ):
+            logged = {e.step: e.value for e in events.Scalars(tag)}
+            expected = [row["classifier"][part][figure] for row in found["rounds"]]
+            assert logged == pytest.approx(dict(enumerate(expected)))
+        earned = [e.value for e in events.Scalars("selection/return_60")]
+        assert earned == pytest.approx(
+            [row["return"]["selection"]["60"]["episode_return"] for row in found["rounds"]]
+        )
+        has_labels = "pseudo_labels/accuracy" in events.Tags()["scalars"]
+        assert has_labels == (METHODS[name].rule not in (None, "none"))
+        if has_labels:  # of every round but the last
+            steps = [e.step for e in events.Scalars("pseudo_labels/accuracy")]
+            assert steps == list(range(NUM_ROUNDS))
+        assert ("roll_out/num_switches_patch" in events.Tags()["scalars"]) == (name == "planner")
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_run_of_the_loop_is_no_classifier_and_no_policy(run, sample_dir, capsys, command):
+    words = [command, str(run), "--data", str(sample_dir)]
+    words += ["--out", "unused.parquet"] if command == "predict" else []
+    assert main(words) != 0
+    said = capsys.readouterr().err
+    assert "name one, such as" in said and "methods/METHOD/round-01" in said
 
 
 def test_f_0_is_made_once(run, sample_dir):

@@ -198,11 +198,9 @@ def play_round(
         f_0 = pretrain(task, method, run / "f0", tell)
         f_k = f_0
         if k:
-            labels = before / "pseudo_labels.parquet"
+            labels = None if method.rule == "none" else before / "pseudo_labels.parquet"
             f_before = before / "classifier" if k > 1 else f_0
-            f_k = finetune(
-                task, f_before, labels if labels.exists() else None, here / "classifier", tell
-            )
+            f_k = finetune(task, f_before, labels, here / "classifier", tell)
         belief = believe(task, f_0, f_k)
     with clock("policy"):
         navigator = navigate(task, method, belief, shared, tell)

@@ -94,6 +94,11 @@ class Task:
         first = stage_config(config, config.pretraining_run())
         sample = head.sample_of(config) if _is_head(config) else sample_of(first)
         split = split_of(first, sample)
+        if not len(split.unlabelled) and set(config.loop.methods) - {"supervised", "full-labels"}:
+            raise ValueError(
+                "data.labelled_fraction: every hole of the training squares is labelled, which "
+                "leaves nothing to label for the methods of the loop; take a smaller fraction"
+            )
         judged = np.concatenate([split.validation, split.known])
         squares = np.isin(sample.table.square_id, sample.table.square_id[judged])
         rows = np.flatnonzero(squares)
@@ -338,6 +343,9 @@ def judge_classifier(task: Task, belief: Belief) -> dict[str, Any]:
     selection, test = task.part("selection"), task.part("test")
     unlabelled = task.split.unlabelled[np.isfinite(task.truth[task.split.unlabelled])]
     p, posterior = belief.p_classifier, None
+    # of all: a collapse is seen where none of them was measured, too
+    called = p[task.split.unlabelled] >= 0.5
+    positive_share = float(called.mean()) if len(called) else None
     if belief.p_posterior is not None and belief.p_blind is not None:
         posterior = {
             "selection": figures(belief.p_posterior, selection),
@@ -349,7 +357,8 @@ def judge_classifier(task: Task, belief: Belief) -> dict[str, Any]:
         "classifier": {
             "selection": figures(p, selection),
             "test": figures(p, test),
-            "unlabelled": figures(p, unlabelled),  # diagnostics only: nothing is chosen by it
+            # diagnostics only: nothing is chosen by it
+            "unlabelled": figures(p, unlabelled) | {"positive_share": positive_share},
         },
         "posterior": posterior,
     }
@@ -503,8 +512,10 @@ def evaluate_policy(
         for duration in config.loop.durations_min:
             rules = dataclasses.replace(navigation_config(config.env), budget_min=duration)
             stack = SessionStack.of([table], rules)
+            # A policy that was trained without movement costs does not learn of them here.
+            believed = dataclasses.replace(navigator.rules, budget_min=duration)
             episodes = roll_out(
-                navigator.make(stack, rules)[0],
+                navigator.make(stack, believed)[0],
                 stack,
                 rules,
                 session=np.zeros(len(start_hole), np.int64),

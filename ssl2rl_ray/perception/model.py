@@ -236,6 +236,11 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
     if (folder / "model.json").is_file():
         return folder
     run = RunDirectory.open(folder)
+    if run.manifest["kind"] == "ssl2rl":
+        raise ValueError(
+            f"{folder}: a run of the loop has many classifiers; name one, such as "
+            f"{folder / 'methods/METHOD/round-01/classifier'}: `recommended` in its summary.json"
+        )
     if (found := run.artefact("model")) is None:
         raise ValueError(
             f"{folder}: this run has no classifier (kind {run.manifest['kind']}, status "
