@@ -17,7 +17,7 @@ import torch
 
 from envs.cryoem.images import draw_images
 from envs.cryoem.synthetic import draw_session
-from envs.cryoem.types import NavigationConfig
+from envs.cryoem.types import NavigationConfig, RandomEffects
 from ssl2rl_ray.cli import main
 from ssl2rl_ray.config import METHODS, ConfigError, LoopConfig, SSL2RLRunConfig, load_config
 from ssl2rl_ray.data.folder import read_dataset, write_dataset
@@ -27,8 +27,11 @@ from ssl2rl_ray.loop.stages import (
     Belief,
     Task,
     believe,
+    env_of,
     evaluate_policy,
+    judge_classifier,
     navigate,
+    navigation_key,
     pretrain,
     session_of,
 )
@@ -231,6 +234,27 @@ def test_methods_share_f_0_and_each_round_goes_on_from_the_one_before(run):
         assert asked == (str(labels) if labels.exists() else None)
 
 
+def test_every_round_is_judged_and_played_on_its_own_classifier(run, sample_dir):
+    task, f_0 = Task.of(config(sample_dir)), run / "f0" / "supervised"
+    for folder in rounds(run):
+        name, k = folder.parent.name, int(folder.name[-2:])
+        belief = believe(task, f_0, folder / "classifier" if k else f_0)
+        row = summary_of(run)["methods"][name]["rounds"][k]
+        for kind, parts in judge_classifier(task, belief).items():
+            for part, figures in parts.items():
+                assert row[kind][part] == pytest.approx(figures), (name, k, kind, part)
+        if name in ("iterative-fixmatch", "posterior") and k < NUM_ROUNDS:
+            p = belief.p_classifier if name == "iterative-fixmatch" else belief.p_posterior
+            assert p is not None
+            is_open = ~task.is_labelled[task.train]
+            labels = pq.read_table(folder / "pseudo_labels.parquet").to_pydict()
+            if name == "iterative-fixmatch":  # its rule is p >= 1/2
+                assert labels["is_low_ctf"] == (p[task.train][is_open] >= 0.5).tolist()
+            confidence = np.array(labels["confidence"])
+            sure = np.abs(2 * p[task.train][is_open] - 1)
+            np.testing.assert_allclose(confidence[confidence > 0], sure[confidence > 0], atol=1e-9)
+
+
 def test_visit_orders_are_of_all_training_holes(run, sample_dir):
     task = Task.of(config(sample_dir))
     found = sorted(run.glob("**/roll_out.npz"))
@@ -295,6 +319,8 @@ def decided(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        if path.parent.name == "model" and path.parents[2].name == "methods":
+            continue  # of the round that the selection squares keep: that is measured
         if path.name == "model.json":
             model = model_of_run(path.parent)
             posterior = model.posterior
@@ -643,6 +669,48 @@ def test_a_session_that_is_labelled_throughout_leaves_nothing_to_label(demo_dir,
     assert first["classifier"]["unlabelled"]["positive_share"] is None
 
 
+# ---- what a method's RL is trained under ---------------------------------------------------------
+
+
+def test_a_policy_is_trained_for_its_methods_own_session(sample_dir, tmp_path):
+    task = Task.of(config(sample_dir, **{"env.budget_min": 200}))
+    p = np.full(len(task.table), 0.5)
+    belief = Belief(p_classifier=p, p_posterior=None, p_blind=None, effects=RandomEffects())
+    for name, minutes in (("ssl2rl-120", 120), ("ssl2rl-480", 480), ("planner", 200)):
+        assert env_of(task.config, METHODS[name]).budget_min == minutes
+        navigator = navigate(task, METHODS[name], belief, tmp_path, lambda *_: None)
+        assert navigator.rules.budget_min == minutes
+    keys = {name: navigation_key(task, method) for name, method in METHODS.items()}
+    alike = {"ssl2rl-480", "q-values"}  # what shares a key shares policy, returns and roll-outs
+    assert keys["ranking"] == keys["iterative-fixmatch"] and "200" in keys["ranking"]
+    for name in ("ssl2rl-120", "ssl2rl-480", "posterior", "labelled-rl", "no-movement-cost"):
+        others = {key for other, key in keys.items() if other not in {name, *alike}}
+        others -= {keys["ssl2rl-posterior"]} if name == "posterior" else set()
+        assert keys[name] not in others
+
+
+def test_a_round_is_kept_by_sessions_as_long_as_its_rl_was_trained_for():
+    task = task_of(durations_min=(120.0, 480.0))
+    rows = [
+        {"return": {"selection": {"120": {"episode_return": a}, "480": {"episode_return": b}}}}
+        for a, b in ((1.0, 2.0), (3.0, 1.0))
+    ]
+    for name, best in (("ssl2rl-120", 1), ("ssl2rl-480", 0), ("iterative-fixmatch", 0)):
+        assert kept_round(rows, "reward", task, METHODS[name]) == best
+
+
+def test_labels_come_from_different_starts_and_draws_in_every_round(run):
+    orders = []
+    for k in range(NUM_ROUNDS):
+        path = run / "f0" / "supervised-lagrange-480" / "roll_out.npz"
+        path = path if not k else run / "methods" / "planner" / f"round-{k:02d}" / "roll_out.npz"
+        with np.load(path) as roll:
+            orders.append(roll["visit_order"])
+    assert all(len({tuple(row) for row in order.tolist()}) == 3 for order in orders)
+    starts = [tuple(order[:, 0].tolist()) for order in orders]
+    assert len(set(starts)) == NUM_ROUNDS and all(len(set(start)) > 1 for start in starts)
+
+
 # ---- a policy without movement costs -------------------------------------------------------------
 
 
@@ -714,7 +782,32 @@ def test_a_run_of_the_loop_is_no_classifier_and_no_policy(run, sample_dir, capsy
     words += ["--out", "unused.parquet"] if command == "predict" else []
     assert main(words) != 0
     said = capsys.readouterr().err
-    assert "name one, such as" in said and "methods/METHOD/round-01" in said
+    assert "name one, such as" in said and "methods/METHOD/" in said
+
+
+def test_the_recommended_model_predicts_what_the_loop_judged(run, sample_dir, tmp_path):
+    task = Task.of(config(sample_dir))
+    dataset = read_dataset(sample_dir)
+    assert dataset.images is not None and dataset.has_image is not None
+    f_0, kept = run / "f0" / "supervised", set()
+    for name, found in summary_of(run)["methods"].items():
+        chosen = found["recommended"]
+        kept.add(bool(chosen["round"]))
+        assert chosen["model"] == f"methods/{name}/model"
+        belief = believe(task, f_0, run / chosen["classifier"])
+        model = model_of_run(run / chosen["model"])
+        logit = model.logits(task.table, dataset.images, dataset.has_image)
+        said = model.predict(task.table, logit, task.is_known)
+        assert belief.p_posterior is not None
+        # where logits are very large, they are clipped before or after they are matched
+        np.testing.assert_allclose(said.p_low_ctf, belief.p_posterior, atol=1e-3)
+        own = dataset.has_image & ~task.is_labelled
+        np.testing.assert_allclose(said.p_classifier[own], belief.p_classifier[own], atol=1e-6)
+    assert True in kept  # else f_0's model alone would have been looked at
+    model = run / summary_of(run)["methods"]["smooth"]["recommended"]["model"]
+    words = ["predict", str(model), "--data", str(sample_dir), "--out", str(tmp_path / "p.parquet")]
+    assert main(words) == 0
+    assert len(pq.read_table(tmp_path / "p.parquet")) == len(task.table)
 
 
 def test_f_0_is_made_once(run, sample_dir):

@@ -7,6 +7,7 @@ labels they make, and share everything else: data, f_0, starts. Every stage leav
 it was in.
 
     f0/<pretraining>/              the classifier before the first round
+    methods/<method>/model/        the recommended classifier, ready for ``ssl2rl predict``
     methods/<method>/round-<k>/    classifier f_k, the policy trained on it, its roll-outs over all
                                    holes, the pseudo labels that f_(k+1) learns from, round.json
 """
@@ -45,6 +46,7 @@ from ssl2rl_ray.loop.stages import (
     session_of,
     visit_all,
     write_labels,
+    write_model,
 )
 from ssl2rl_ray.runs import RunDirectory
 from ssl2rl_ray.tensorboard import TensorBoard
@@ -83,7 +85,8 @@ def ssl2rl(
         The summary: ``sample``, and for each method its ``rounds``, the round that each criterion
         ``kept`` by the selection squares, why it ``stopped`` early, and what is ``recommended``:
         the folders, in the run, of classifier and policy of the round that ``loop.selection`` keeps
-        (the policy's is None where a planner navigates).
+        (the policy's is None where a planner navigates), and ``model``, that classifier with the
+        temperature and the posterior that the loop judged it with (None of a head).
 
     Raises:
         ValueError: settings (``config.check``) or data that do not go together, by name.
@@ -155,11 +158,17 @@ def _play_method(
                 print(f"warning: {name} ends after round {k}: {stopped}", file=sys.stderr)
                 break
     kept = {criterion: kept_round(rounds, criterion, task, method) for criterion in CRITERIA}
+    recommended = _recommended(task, name, kept[loop.selection])
+    if recommended["model"] is not None:
+        first, chosen = pretraining_of(task, method), recommended["classifier"]
+        write_model(
+            task, run.path / "f0" / first, run.path / chosen, run.path / recommended["model"]
+        )
     return {
         "rounds": rounds,
         "kept": kept,
         "stopped": stopped if len(rounds) <= num_rounds else None,
-        "recommended": _recommended(task, name, kept[loop.selection]),
+        "recommended": recommended,
     }
 
 
@@ -169,12 +178,13 @@ def _is_logged(run: RunDirectory, name: str, k: int) -> bool:
 
 
 def _recommended(task: Task, name: str, k: int) -> dict[str, Any]:
-    """Where classifier and policy of the round are that ``loop.selection`` keeps, in the run."""
+    """Where, in the run, classifier, whole system and policy of the round are that is kept."""
     method, here = METHODS[name], f"methods/{name}/round-{k:02d}"
     policy = f"{here}/policy" if k else f"f0/{navigation_key(task, method)}/policy"
     return {
         "round": k,
         "classifier": f"{here}/classifier" if k else f"f0/{pretraining_of(task, method)}",
+        "model": None if task.images is None else f"methods/{name}/model",
         "policy": policy if is_trained(task.config.loop, method) else None,
     }
 

@@ -301,12 +301,8 @@ def belief_of(task: Task, begun: Model | Head, begun_logit: FloatArray, raw: Flo
     p_classifier = expit(_filled(raw) / begun.temperature)
     if begun.posterior is None:
         return Belief(p_classifier=p_classifier, p_posterior=None, p_blind=None, effects=Effects())
-    is_learned = np.isin(np.arange(len(task.table)), task.train) & task.has_image
-    is_fitted = is_learned & np.isin(task.table.hole_name, _learned(task, begun))
-    others = is_learned & ~is_fitted if (is_learned & ~is_fitted).any() else is_learned
-    scale = begun_logit[others].std() / max(raw[others].std(), 1e-6)
-    matched = begun_logit[others].mean() + scale * (raw - raw[others].mean())
-    matched = np.where(is_fitted, begun_logit, matched)
+    is_fitted, offset, scale = _matching(task, begun, begun_logit, raw)
+    matched = np.where(is_fitted, begun_logit, offset + scale * raw)
     is_low, is_known = task.truth == 1, task.is_known | is_fitted
     is_blind = is_known.copy()
     is_blind[np.concatenate([task.selection, task.test])] = False
@@ -317,6 +313,52 @@ def belief_of(task: Task, begun: Model | Head, begun_logit: FloatArray, raw: Flo
         p_blind=begun.posterior.predict(task.table, matched, is_low, is_blind),
         effects=begun.posterior.effects,
     )
+
+
+def _matching(
+    task: Task, begun: Model | Head, begun_logit: FloatArray, raw: FloatArray
+) -> tuple[BoolArray, float, float]:
+    """(N,) whose labels f_0 learned from; offset and scale that bring ``raw`` to f_0's logits."""
+    is_learned = np.isin(np.arange(len(task.table)), task.train) & task.has_image
+    is_fitted = is_learned & np.isin(task.table.hole_name, _learned(task, begun))
+    others = is_learned & ~is_fitted if (is_learned & ~is_fitted).any() else is_learned
+    scale = float(begun_logit[others].std() / max(raw[others].std(), 1e-6))
+    return is_fitted, float(begun_logit[others].mean() - scale * raw[others].mean()), scale
+
+
+def whole_system(task: Task, first: Path, classifier: Path) -> Model:
+    """f_k (``classifier``) with temperature and posterior of f_0 (``first``), as ``believe`` has.
+
+    The posterior takes logits that are matched to f_0's; offset and scale go into its slopes.
+    """
+    begun, model = model_of_run(first), model_of_run(classifier)
+    if classifier == first:
+        return begun
+    begun_logit = _logits(task, begun)
+    _, offset, scale = _matching(task, begun, begun_logit, _logits(task, model))
+    posterior, cross_fitted = begun.posterior, model.cross_fitted
+    if posterior is not None:
+        slopes = ("slope_within", "slope_patch", "slope_square", "slope_grid")
+        posterior = dataclasses.replace(
+            posterior,
+            intercept=posterior.intercept + posterior.slope_grid * offset,
+            **{name: scale * getattr(posterior, name) for name in slopes},
+        )
+        cross_fitted = {m: (x - offset) / scale for m, x in begun.cross_fitted.items()}
+    return dataclasses.replace(
+        model, temperature=begun.temperature, posterior=posterior, cross_fitted=cross_fitted
+    )
+
+
+def write_model(task: Task, first: Path, classifier: Path, folder: Path) -> None:
+    """``whole_system`` as a folder that ``ssl2rl predict`` takes, whole or not at all; once."""
+    if folder.exists() or task.images is None:
+        return
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    whole_system(task, first, classifier).save(partial)
+    partial.replace(folder)
 
 
 def _learned(task: Task, model: Model | Head) -> NDArray[np.str_]:

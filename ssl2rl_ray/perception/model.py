@@ -238,8 +238,8 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
     run = RunDirectory.open(folder)
     if run.manifest["kind"] == "ssl2rl":
         raise ValueError(
-            f"{folder}: a run of the loop has many classifiers; name one, such as "
-            f"{folder / 'methods/METHOD/round-01/classifier'}: `recommended` in its summary.json"
+            f"{folder}: a run of the loop has a classifier of each method; name one, such as "
+            f"{folder / 'methods/METHOD/model'}"
         )
     if (found := run.artefact("model")) is None:
         raise ValueError(
