@@ -13,7 +13,7 @@ from envs.cryoem.env import CryoEMVectorEnv
 from envs.cryoem.features import hole_features
 from envs.cryoem.stack import SessionStack, unpack_visited
 from envs.cryoem.types import HoleTable, NavigationConfig
-from ssl2rl_ray.algorithms.expander import P_STEP, Expander, unpack_visits
+from ssl2rl_ray.algorithms.expander import P_STEP, Expander, unpack_bits
 from ssl2rl_ray.algorithms.module import epsilon_greedy
 from ssl2rl_ray.algorithms.networks import CandidateNetwork, HoleNetwork, make_network
 
@@ -200,8 +200,7 @@ def test_equal_unvisited_holes_of_a_patch_share_a_cell():
 def test_bits_are_unpacked_in_little_order(num_holes, seed):
     visited = np.random.default_rng(seed).random((3, num_holes)) < 0.3
     packed = np.packbits(visited, axis=1, bitorder="little")
-    row, hole = unpack_visits(torch.as_tensor(packed))
-    assert np.array_equal(np.argwhere(visited), np.stack([row, hole], 1))
+    assert np.array_equal(visited, unpack_bits(torch.as_tensor(packed), num_holes))
 
 
 def test_no_visited_hole_is_chosen_in_100000_sampled_actions():

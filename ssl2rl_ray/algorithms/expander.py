@@ -30,11 +30,12 @@ class Expanded:
     """What one batch of compact observations expands to; made without gradient."""
 
     group: Tensor
-    """(B, P, K D) float32, oldest step first: what all unvisited holes of a patch share."""
+    """(B, P, K D) float32: what all unvisited holes of a patch share; ``group_columns`` names the
+    columns."""
     session: Tensor
     """(B,) int64."""
-    visited: tuple[Tensor, Tensor]
-    """(V,) int64 each: the batch rows and holes of all visits."""
+    visited: Tensor
+    """(B, N) bool."""
 
 
 class Expander(nn.Module):
@@ -43,6 +44,15 @@ class Expander(nn.Module):
     The tables are non-persistent buffers: weights that were trained on one stack load into a
     network on any other. ``table_hash`` says whose tables they are.
     """
+
+    is_hole: Tensor
+    unit: Tensor
+    own_columns: Tensor
+    """(K,) the columns of the stacked features that hold the hole's own p."""
+    group_columns: Tensor
+    """(K D,) the columns that a patch shares, in the order of ``Expanded.group``: those of its
+    patch, of its square, of its grid; of each the steps, oldest first; of each the four counts and
+    the flag. ``visited`` (cryorl) is left out: it is 0 for unvisited holes."""
 
     def __init__(
         self, stack: SessionStack, config: NavigationConfig, *, p_step: float | None = None
@@ -68,44 +78,49 @@ class Expander(nn.Module):
             own_p = (np.round(own_p / self.p_step) * self.p_step).astype(np.float32)
         patch = np.where(is_hole, stack.patch_id, shape.num_patches - 1).astype(np.int64)
         hole_cell, cell_patch, cell_p = _cells(patch, own_p, is_hole)
-        in_patch = np.zeros((2, num_sessions, shape.num_patches), np.float64)
-        for sums, weight in zip(in_patch, (is_hole, stack.p_low_ctf * is_hole), strict=True):
-            np.add.at(sums, (np.broadcast_to(session, patch.shape), patch), weight)
+        # The bins that visits are counted in: patches, then squares, then grids.
+        square = stack.patch_square.astype(np.int64)
+        group = np.stack(
+            [
+                np.broadcast_to(np.arange(shape.num_patches), square.shape),
+                shape.num_patches + square,
+                shape.num_patches + shape.num_squares + stack.square_grid[session, square],
+            ],
+            axis=2,
+        ).astype(np.int64)
+        self.num_groups = (shape.num_patches, shape.num_squares, shape.num_grids)
+        p = stack.p_low_ctf * is_hole
+        total = np.zeros((num_sessions, 2, sum(self.num_groups)))
+        for column, weight in enumerate((is_hole, p)):
+            np.add.at(
+                total[:, column], (session[..., None], group[session, patch]), weight[..., None]
+            )
+        scale = np.repeat(GROUP_SCALE, self.num_groups)
+        first_flag, flag_step = (14, -1) if self.is_cryorl else (12, 1)
+        columns = [
+            (*range(4 * level, 4 * level + 4), first_flag + flag_step * level) for level in range(3)
+        ]
+        own_columns = np.arange(self.num_past_steps) * self.num_features
+        shared = own_columns[:, None] + np.array(columns)[:, None] + (2 if self.is_cryorl else 1)
         slot = stack.slot_hole.astype(np.int64)
         tables = {
             "is_hole": is_hole,
             "own_p": own_p,
-            "p": np.where(is_hole, stack.p_low_ctf, 0).astype(np.float32),
-            "outcome": np.where(is_hole, stack.outcome, 0).astype(np.float32),
             "patch": patch,
-            "square_of_patch": stack.patch_square.astype(np.int64),
-            "grid_of_patch": stack.square_grid[session, stack.patch_square].astype(np.int64),
-            "num_in_patch": in_patch[0].astype(np.float32),
-            "p_in_patch": in_patch[1].astype(np.float32),
+            "group": group,
+            "weight": np.stack([is_hole, p, stack.outcome * is_hole], 1).astype(np.float32),
+            "total": total.astype(np.float32),
+            "unit": (1 / (scale if self.is_cryorl else np.log1p(scale))).astype(np.float32),
             "hole_cell": hole_cell,
             "cell_patch": cell_patch,
             "cell_p": cell_p,
+            "own_columns": own_columns,
+            "group_columns": shared.ravel(),
             "slot": np.maximum(slot, 0),
             "is_slot": slot >= 0,
         }
         for name, table in tables.items():
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(table)), False)
-        self.num_groups = (shape.num_patches, shape.num_squares, shape.num_grids)
-
-    @property
-    def own_columns(self) -> list[int]:
-        """The K columns of the stacked features that hold the hole's own p."""
-        return [step * self.num_features for step in range(self.num_past_steps)]
-
-    @property
-    def group_columns(self) -> list[int]:
-        """The K D columns that a patch shares; ``visited`` (cryorl) is 0 for unvisited holes."""
-        first = 2 if self.is_cryorl else 1
-        return [
-            step * self.num_features + column
-            for step in range(self.num_past_steps)
-            for column in range(first, self.num_features)
-        ]
 
     def table(self, name: str, session: Tensor) -> Tensor:
         """(B, ...) the rows of a static table; no copy where there is one session."""
@@ -117,84 +132,59 @@ class Expander(nn.Module):
         """Features of every patch from a compact observation (``envs.cryoem.stack``)."""
         session = observation["session"][:, 0].long()
         recent = observation["recent"].long()
-        row, hole = unpack_visits(observation["visited"])
-        num_patches = self.num_groups[0]
-        batch, steps = recent.shape
-        weights = self._weights(session[row], hole)  # visits, their p, their outcome
-        at = row * num_patches + self._at("patch", session[row], hole)
-        now = weights.new_zeros(3, batch * num_patches).index_add_(1, at, weights)
+        visited = unpack_bits(observation["visited"], self.is_hole.shape[1])
+        patch, group, weight, total = (
+            self.table(name, session) for name in ("patch", "group", "weight", "total")
+        )
+        (batch, steps), (num_patches, *_) = recent.shape, self.num_groups
+        episode = torch.arange(batch, device=recent.device)[:, None]
+        step = torch.arange(steps, device=recent.device)
+
+        # Visits, their p and their outcomes: of patches, and from these of squares and grids.
+        now = torch.zeros_like(total[:, :1]).repeat(1, 3, 1)
+        of_patch = now[..., :num_patches].scatter_add(
+            2, patch[:, None].expand(-1, 3, -1), weight * visited[:, None]
+        )
+        now[..., :num_patches] = of_patch
+        for level in (1, 2):
+            now.scatter_add_(2, group[:, None, :, level].expand(-1, 3, -1), of_patch)
+
+        # Left, predicted low of them, visited, measured low of them, and room for a flag.
+        left, visits = total - now[:, :2], now[:, ::2]
+        counts = torch.stack([*left.unbind(1), *visits.unbind(1), visits[:, 0]], -1)
+        frames = torch.stack([counts] * steps, 2)  # (B, bins, K, 5); faster than `repeat`
+
         # A past step is the present without what was visited since; before the first step there
         # is nothing to show, so the frame of the start stands in.
-        age = torch.arange(steps - 1, -1, -1, device=recent.device)  # oldest first
-        age = torch.minimum(age, (recent >= 0).sum(1, keepdim=True) - 1)
-        current = recent.gather(1, age)
-        sums = now.view(3, batch, 1, num_patches).repeat(1, 1, steps, 1)
-        at_b, at_k, later = (age[:, :, None] > torch.arange(steps, device=age.device)).nonzero(
-            as_tuple=True
+        age = torch.minimum(steps - 1 - step, (recent >= 0).sum(1, keepdim=True) - 1)
+        hole = recent.clamp(min=0)
+        at = group[episode, patch.gather(1, hole)]  # (B, K, 3), newest first
+        n, p, low = weight.gather(2, hole[:, None].expand(-1, 3, -1)).unbind(1)
+        change = torch.stack([n, p, -n, -low, -n], -1)[:, :, None, None]
+        change = change * (age[:, None, :] > step[:, None])[..., None, None]
+        row = (episode[..., None] * frames.shape[1] + at)[:, :, None] * steps + step[:, None]
+        frames.view(-1, 5).index_add_(
+            0, row.flatten(), change.expand(-1, -1, -1, 3, -1).reshape(-1, 5)
         )
-        undone = recent[at_b, later]
-        at = (at_b * steps + at_k) * num_patches + self._at("patch", session[at_b], undone)
-        sums.view(3, -1).index_add_(1, at, -self._weights(session[at_b], undone))
-        return Expanded(self._columns(session, sums, current), session, (row, hole))
-
-    def _at(self, name: str, session: Tensor, hole: Tensor) -> Tensor:
-        table = getattr(self, name)
-        return table[0, hole] if len(table) == 1 else table[session, hole]
-
-    def _weights(self, session: Tensor, hole: Tensor) -> Tensor:
-        p = self._at("p", session, hole)
-        return torch.stack([torch.ones_like(p), p, self._at("outcome", session, hole)])
-
-    def _columns(self, session: Tensor, sums: Tensor, current: Tensor) -> Tensor:
-        """(B, P, K D) from the sums (3, B, K, P) over visits and the current holes (B, K).
-
-        Steps are oldest first throughout.
-        """
-        batch, steps = current.shape
-        total = torch.stack(
-            [self.table("num_in_patch", session), self.table("p_in_patch", session)]
-        )[:, :, None]
-        visits, visited_p, visited_low = sums
-        # left, predicted low of them, visited, measured low of them
-        counts = torch.stack([total[0] - visits, total[1] - visited_p, visits, visited_low])
-        here = self.table("patch", session).gather(1, current)
-        own = torch.arange(self.num_groups[0], device=here.device).expand(batch, -1)
-        columns: list[Tensor] = []
-        flags: list[Tensor] = []
-        groups = (
-            own,
-            self.table("square_of_patch", session),
-            self.table("grid_of_patch", session),
-        )
-        for group, size, scale in zip(groups, self.num_groups, GROUP_SCALE, strict=True):
-            at = group[None, :, None].expand(4, -1, steps, -1)
-            count = counts
-            if group is not own:
-                count = counts.new_zeros(4, batch, steps, size).scatter_add_(3, at, counts)
-            count = self._normalise(count.clamp(min=0), scale)
-            columns += (count if group is own else count.gather(3, at)).unbind(0)
-            is_same = group[:, None] == group.gather(1, here)[:, :, None]
-            flags.append(is_same)
-        flags = flags[::-1] if self.is_cryorl else [~flag for flag in flags]
-        columns += [flag.to(counts.dtype) for flag in flags]
-        features = torch.stack([column.transpose(1, 2) for column in columns], -1)
-        return features.view(batch, self.num_groups[0], -1)
-
-    def _normalise(self, count: Tensor, scale: float) -> Tensor:
+        frames.clamp_(min=0)
         if self.is_cryorl:
-            return (count / scale).clamp(max=1.0)
-        return torch.log1p(count) / np.log1p(scale)
+            frames.mul_(self.unit[:, None, None]).clamp_(max=1.0)
+        else:
+            frames.log1p_().mul_(self.unit[:, None, None])
+        # The flag: ``cryorl`` has 1 where the current hole is, ``paper`` 1 where it is not.
+        frames[..., 4] = float(not self.is_cryorl)
+        here = at.gather(1, age[..., None].expand(-1, -1, 3))
+        frames[episode[..., None], here, step[:, None], 4] = float(self.is_cryorl)
+
+        rows = (group + episode[..., None] * frames.shape[1]).flatten()
+        features = frames.view(-1, steps * 5).index_select(0, rows)
+        return Expanded(features.view(batch, num_patches, -1), session, visited)
 
 
-def unpack_visits(visited: Tensor) -> tuple[Tensor, Tensor]:
-    """(V,) batch rows and (V,) holes of the bits set in (B, bytes) uint8, in little order.
-
-    The cost follows the number of visits, not of holes.
-    """
-    row, byte = visited.nonzero(as_tuple=True)
-    bits = torch.arange(8, device=visited.device, dtype=torch.uint8)
-    at, bit = ((visited[row, byte][:, None] >> bits) & 1).nonzero(as_tuple=True)
-    return row[at], byte[at] * 8 + bit
+def unpack_bits(visited: Tensor, num_holes: int) -> Tensor:
+    """(B, N) bool from (B, bytes) uint8, in little order."""
+    bit = 1 << torch.arange(8, device=visited.device, dtype=torch.uint8)
+    return ((visited[:, :, None] & bit) != 0).view(len(visited), -1)[:, :num_holes]
 
 
 def _cells(

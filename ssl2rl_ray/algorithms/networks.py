@@ -143,19 +143,15 @@ class HoleNetwork(nn.Module):
     def score(self, expanded: Expanded) -> Tensor:
         """(B, N) or (B, P) action values."""
         per_patch, own = self.first_layer(expanded.group)
-        session, (row, hole) = expanded.session, expanded.visited
-        table = self.expander.table
-        is_allowed = table("is_hole", session)
-        if len(row):
-            is_allowed = is_allowed.clone()
-            is_allowed[row, hole] = False
+        session, table = expanded.session, self.expander.table
+        is_allowed = table("is_hole", session) & ~expanded.visited
         if self.is_patch:
             best, has_hole = self._best_hole(session, is_allowed)
             p = table("own_p", session).gather(1, best)
             q = self.tail(per_patch.addcmul_(p[..., None], own))
             return q.masked_fill(~has_hole, -torch.inf)
         q = self.cell_values(per_patch, own, session).gather(1, table("hole_cell", session))
-        return q.masked_fill(~is_allowed, -torch.inf)
+        return q + is_allowed.log()  # 0 or -inf; `masked_fill` takes longer
 
     def cell_values(self, per_patch: Tensor, own: Tensor, session: Tensor) -> Tensor:
         """(B, C) values of the cells, from what ``first_layer`` gives."""
@@ -183,8 +179,7 @@ class HoleNetwork(nn.Module):
         table, session = self.expander.table, expanded.session
         hole = action
         if self.is_patch:
-            is_left = table("is_hole", session).clone()
-            is_left[expanded.visited] = False
+            is_left = table("is_hole", session) & ~expanded.visited
             hole = self._best_hole(session, is_left)[0].gather(1, action[:, None])[:, 0]
         at = torch.arange(len(action), device=action.device)
         per_patch, own = self.first_layer(expanded.group[at, table("patch", session)[at, hole]])
@@ -194,8 +189,8 @@ class HoleNetwork(nn.Module):
         """What a patch (or row) contributes (..., H), and the column (H,) that own p multiplies."""
         first = self.mlp[0]
         assert isinstance(first, nn.Linear)
-        weight = first.weight[:, self.expander.group_columns]
-        own = first.weight[:, self.expander.own_columns].sum(1)
+        weight = first.weight.index_select(1, self.expander.group_columns)
+        own = first.weight.index_select(1, self.expander.own_columns).sum(1)
         return nn.functional.linear(group, weight, first.bias), own
 
     def tail(self, hidden: Tensor) -> Tensor:
@@ -210,8 +205,8 @@ class HoleNetwork(nn.Module):
         is_open = self.expander.table("is_slot", session) & is_left.gather(
             1, slot.flatten(1)
         ).view_as(slot)
-        first = is_open.to(torch.uint8).argmax(2, keepdim=True)
-        return slot.gather(2, first).squeeze(2), is_open.any(2)
+        has_hole, first = is_open.to(torch.uint8).max(2, keepdim=True)
+        return slot.gather(2, first).squeeze(2), has_hole.squeeze(2).bool()
 
 
 QNetwork = CandidateNetwork | HoleNetwork
@@ -230,8 +225,8 @@ def choose_and_value(
     tensors = {key: torch.as_tensor(value) for key, value in observation.items()}
     expanded = network.expand(tensors)
     q = network.score(expanded)
-    action = network.preference(expanded, q).argmax(dim=1)
-    return action.numpy(), take(q, action).numpy()
+    action = network.preference(expanded, q).numpy().argmax(1)
+    return action, q.numpy()[np.arange(len(action)), action]
 
 
 def make_network(
