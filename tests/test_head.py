@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from scipy.special import expit
 
 from envs.cryoem.types import RandomEffects
 from ssl2rl_ray.config import ConfigError, SSL2RLRunConfig, load_config
@@ -21,6 +22,7 @@ from ssl2rl_ray.loop.head import Head, finetune, fit_ridge, given_logit, pretrai
 from ssl2rl_ray.loop.ssl2rl import ssl2rl
 from ssl2rl_ray.loop.stages import Task, believe
 from ssl2rl_ray.perception.metrics import area_under_roc
+from ssl2rl_ray.perception.posterior import logit_parts
 from ssl2rl_ray.runs import RunDirectory
 
 
@@ -259,6 +261,21 @@ def test_the_truth_as_pseudo_labels_makes_a_head_like_that_of_all_labels(demo_di
 
     assert loss(folder) < loss(full) + 0.25 * (loss(f_0) - loss(full))
     assert Head.load(f_0).labels_seen == Head.load(folder).labels_seen
+
+
+def test_a_head_is_drawn_to_where_it_begins(demo_dir, tmp_path):
+    task = Task.of(config(demo_dir))
+    begun = Head.load(pretrain(task, tmp_path / "f0", has_all_labels=False))
+    design = np.vstack([np.ones(len(task.table)), logit_parts(task.table, given_logit(task.table))])
+    known, is_low = task.split.labelled, task.truth[task.split.labelled] == 1
+    for name, shift in (("low", -2.0), ("high", 2.0)):
+        start = dataclasses.replace(begun, coefficients=begun.coefficients + shift)
+        start.save(tmp_path / name)
+        found = Head.load(finetune(task, tmp_path / name, None, tmp_path / f"{name}-1"))
+        # sum of losses + 4 / 2 |beta - start|², the ridge of the module's docstring
+        p = expit(found.coefficients @ design[:, known])
+        slope = design[:, known] @ (p - is_low) + 4 * (found.coefficients - start.coefficients)
+        np.testing.assert_allclose(slope, 0, atol=1e-6)
 
 
 def test_no_label_is_read_that_nobody_may_know(demo_dir, tmp_path):

@@ -255,6 +255,18 @@ def test_the_whole_system_stands_beside_the_classifier_of_full_labels(tmp_path):
     assert ratio["half_width"] == pytest.approx(0.0635310, abs=1e-6)
 
 
+def test_returns_are_divided_by_full_labels_of_the_same_fraction(tmp_path):
+    for fraction, whole in ((0.05, 100.0), (0.1, 50.0)):
+        full = method(round_row(0, returns={"480": whole}, has_labels=False))
+        ours = round_row(0, returns={"480": 45.0})
+        found = {"full-labels": full, "smooth": method(ours, ours | {"round": 1})}
+        write_run(tmp_path / str(fraction), found, fraction=fraction)
+    document = report([tmp_path])
+    for fraction, ratio in ((0.05, 0.45), (0.1, 0.9)):
+        where = {"quantity": "return-480-ratio", "labelled_fraction": fraction}
+        assert cell(document, "table5", row="smooth", **where)["values"] == pytest.approx([ratio])
+
+
 def test_runs_that_split_their_squares_otherwise_are_not_one_cell(tmp_path):
     for seed, share in enumerate((0.4, 0.6)):
         loop = {"selection_share": share}
