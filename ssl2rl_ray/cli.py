@@ -550,7 +550,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("demo", _demo, "train, compare and draw on a synthetic session in minutes")
     sub.add_argument("--out", default="runs/demo", metavar="DIR", help="(%(default)s)")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     with_json(sub)
 
     sub = commands.add_parser("import", help="make a dataset folder")

@@ -72,4 +72,4 @@ def test_the_accepted_figures_are_trained_under_the_rules_they_are_measured_unde
 def test_the_demonstration_trains_its_config():
     from ssl2rl_ray.demo import config
 
-    assert config(0) == load_config(FOLDER / "ssl2rl_demo.yaml")
+    assert config(1) == load_config(FOLDER / "ssl2rl_demo.yaml")

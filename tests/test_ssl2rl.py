@@ -22,7 +22,7 @@ from ssl2rl_ray.cli import main
 from ssl2rl_ray.config import METHODS, ConfigError, LoopConfig, SSL2RLRunConfig, load_config
 from ssl2rl_ray.data.folder import read_dataset, write_dataset
 from ssl2rl_ray.local_ray import local_ray
-from ssl2rl_ray.loop.ssl2rl import _gone_wrong, _print_round, kept_round, ssl2rl
+from ssl2rl_ray.loop.ssl2rl import _gone_wrong, _print_round, _warn_of_selection, kept_round, ssl2rl
 from ssl2rl_ray.loop.stages import (
     Belief,
     Task,
@@ -625,6 +625,17 @@ def test_a_file_of_pseudo_labels_that_went_missing_is_an_error_not_a_control(
         pytest.raises(ValueError, match=r"pseudo_labels\.parquet"),
     ):
         ssl2rl(config(sample_dir), opened, progress=quiet)
+
+
+def test_selection_squares_of_one_kind_are_said(demo_dir, capsys):
+    task = Task.of(config(demo_dir, **HEAD))
+    rows = task.part("selection")
+    for num_low, is_said in ((0, True), (4, True), (5, False), (len(rows), True)):
+        truth = task.truth.copy()
+        truth[rows] = np.arange(len(rows)) < num_low
+        _warn_of_selection(dataclasses.replace(task, truth=truth))
+        said = capsys.readouterr().err
+        assert (f"{num_low} of {len(rows)} selection holes are low-CTF" in said) == is_said
 
 
 # ---- a user's own session: all labels that there are, and holes without any ----------------------

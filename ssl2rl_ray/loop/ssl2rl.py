@@ -53,6 +53,7 @@ from ssl2rl_ray.tensorboard import TensorBoard
 
 CRITERIA = ("reward", "accuracy")
 _ROUNDS_OF_A_FALL = 2
+_FEW_OF_A_KIND = 5
 
 
 def data_hashes(config: SSL2RLRunConfig) -> dict[str, str]:
@@ -96,6 +97,7 @@ def ssl2rl(
     progress = progress or _print_round
     task = Task.of(config)
     run.write_record("sample.json", task.describe())
+    _warn_of_selection(task)
     summary: dict[str, Any] = {}
     methods: dict[str, Any] = {}
     needs_ray = any(is_trained(config.loop, METHODS[name]) for name in config.loop.methods)
@@ -112,6 +114,18 @@ def ssl2rl(
             summary = {"sample": task.describe(), "methods": methods}
             run.write_summary(summary)  # a report on a run under way reads what is done
     return summary
+
+
+def _warn_of_selection(task: Task) -> None:
+    """Where the selection squares can hardly tell one round from another."""
+    is_low = task.truth[task.part("selection")] == 1
+    if min(is_low.sum(), (~is_low).sum()) < _FEW_OF_A_KIND:
+        print(
+            f"warning: {is_low.sum()} of {len(is_low)} selection holes are low-CTF: rounds are "
+            "hardly told apart by them; take another seed, or a larger loop.selection_share or "
+            "data.validation_share",
+            file=sys.stderr,
+        )
 
 
 def _play_method(

@@ -492,7 +492,11 @@ def navigate(task: Task, method: Method, belief: Belief, folder: Path, tell: Tel
     if (run := _begun(here, stage)) is not None:
         steps = stage.training.num_env_steps
         with run:
-            train(stage, run, progress=lambda row: tell("policy", row["num_env_steps"] / steps))
+            train(
+                stage,
+                run,
+                progress=lambda row: tell("policy", min(row["num_env_steps"] / steps, 1.0)),
+            )
     return Navigator(name=config.algorithm.name, rules=rules, make=_policies(here))
 
 
