@@ -91,6 +91,27 @@ def test_equals_the_plain_mlp_on_the_reference_features(
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("feature_set", ["paper", "cryorl"])
+@pytest.mark.parametrize("num_left", [1, 30, 398])
+def test_features_stay_exact_until_little_is_left(feature_set, num_left):
+    # Sums over what was visited nearly cancel the totals at the end of a roll-out.
+    config = rules(feature_set)
+    stack = SessionStack.of([session(400), session(400, 1)], config)
+    order = np.stack([np.random.default_rng(i).permutation(400) for i in range(4)])
+    visited = np.ones((4, 400), bool)
+    np.put_along_axis(visited, order[:, :num_left], False, 1)
+    at, recent = np.array([0, 1, 1, 0]), order[:, num_left:][:, :3]
+    recent = np.pad(recent, ((0, 0), (0, 3 - recent.shape[1])), constant_values=-1)
+    expander = Expander(stack, config)
+    packed = np.packbits(visited, axis=1, bitorder="little")
+    found = expander(tensors({"visited": packed, "recent": recent, "session": at[:, None]}))
+    row, hole = np.nonzero(~visited)
+    group = found.group[row, stack.patch_id[at[row], hole]]
+    features = hole_features(stack, at, visited, recent[:, 0], recent, config)[row, hole]
+    expected = torch.as_tensor(features)[:, expander.group_columns]
+    torch.testing.assert_close(group, expected, atol=1e-6, rtol=0)
+
+
 def test_own_p_is_rounded_under_paper_and_exact_under_cryorl():
     table = session(80)
     for feature_set, step in (("paper", P_STEP), ("cryorl", 0)):

@@ -46,6 +46,7 @@ class Expander(nn.Module):
     """
 
     is_hole: Tensor
+    weight: Tensor
     unit: Tensor
     own_columns: Tensor
     """(K,) the columns of the stacked features that hold the hole's own p."""
@@ -89,12 +90,12 @@ class Expander(nn.Module):
             axis=2,
         ).astype(np.int64)
         self.num_groups = (shape.num_patches, shape.num_squares, shape.num_grids)
-        p = stack.p_low_ctf * is_hole
-        total = np.zeros((num_sessions, 2, sum(self.num_groups)))
-        for column, weight in enumerate((is_hole, p)):
-            np.add.at(
-                total[:, column], (session[..., None], group[session, patch]), weight[..., None]
-            )
+        weight = np.stack([is_hole, *np.where(is_hole, [stack.p_low_ctf, stack.outcome], 0)], 2)
+        total = np.zeros((num_sessions, shape.num_patches, 2))
+        np.add.at(total, (session, patch), weight[..., :2])
+        by_patch = patch.argsort(axis=1, kind="stable")
+        size = np.zeros((num_sessions, shape.num_patches), np.int64)
+        np.add.at(size, (session, patch), 1)
         scale = np.repeat(GROUP_SCALE, self.num_groups)
         first_flag, flag_step = (14, -1) if self.is_cryorl else (12, 1)
         columns = [
@@ -108,7 +109,9 @@ class Expander(nn.Module):
             "own_p": own_p,
             "patch": patch,
             "group": group,
-            "weight": np.stack([is_hole, p, stack.outcome * is_hole], 1).astype(np.float32),
+            "weight": weight.astype(np.float32),
+            "by_patch": by_patch,
+            "first_of_patch": size.cumsum(axis=1) - size,
             "total": total.astype(np.float32),
             "unit": (1 / (scale if self.is_cryorl else np.log1p(scale))).astype(np.float32),
             "hole_cell": hole_cell,
@@ -133,25 +136,28 @@ class Expander(nn.Module):
         session = observation["session"][:, 0].long()
         recent = observation["recent"].long()
         visited = unpack_bits(observation["visited"], self.is_hole.shape[1])
-        patch, group, weight, total = (
-            self.table(name, session) for name in ("patch", "group", "weight", "total")
-        )
+        patch, group, total = (self.table(name, session) for name in ("patch", "group", "total"))
         (batch, steps), (num_patches, *_) = recent.shape, self.num_groups
         episode = torch.arange(batch, device=recent.device)[:, None]
         step = torch.arange(steps, device=recent.device)
 
-        # Visits, their p and their outcomes: of patches, and from these of squares and grids.
-        now = torch.zeros_like(total[:, :1]).repeat(1, 3, 1)
-        of_patch = now[..., :num_patches].scatter_add(
-            2, patch[:, None].expand(-1, 3, -1), weight * visited[:, None]
-        )
-        now[..., :num_patches] = of_patch
-        for level in (1, 2):
-            now.scatter_add_(2, group[:, None, :, level].expand(-1, 3, -1), of_patch)
-
+        # Visits, their p and their outcomes, of each patch.
+        by_patch, first = self.table("by_patch", session), self.table("first_of_patch", session)
+        num_holes = visited.shape[1]
+        sums = nn.functional.embedding_bag(
+            (by_patch + session[:, None] * num_holes).flatten(),
+            self.weight.flatten(0, 1),
+            (first + episode * num_holes).flatten(),
+            mode="sum",
+            per_sample_weights=visited.gather(1, by_patch).flatten().float(),
+        ).view(batch, num_patches, 3)
         # Left, predicted low of them, visited, measured low of them, and room for a flag.
-        left, visits = total - now[:, :2], now[:, ::2]
-        counts = torch.stack([*left.unbind(1), *visits.unbind(1), visits[:, 0]], -1)
+        of_patch = torch.cat([total - sums[..., :2], sums[..., ::2]], -1)
+        counts = of_patch.new_zeros(batch, sum(self.num_groups), 5)
+        counts[:, :num_patches, :4] = of_patch
+        for level in (1, 2):
+            at = group[:, :, level, None].expand(-1, -1, 4)
+            counts[..., :4].scatter_add_(1, at, of_patch)
         frames = torch.stack([counts] * steps, 2)  # (B, bins, K, 5); faster than `repeat`
 
         # A past step is the present without what was visited since; before the first step there
@@ -159,7 +165,7 @@ class Expander(nn.Module):
         age = torch.minimum(steps - 1 - step, (recent >= 0).sum(1, keepdim=True) - 1)
         hole = recent.clamp(min=0)
         at = group[episode, patch.gather(1, hole)]  # (B, K, 3), newest first
-        n, p, low = weight.gather(2, hole[:, None].expand(-1, 3, -1)).unbind(1)
+        n, p, low = self.weight[session[:, None], hole].unbind(2)
         change = torch.stack([n, p, -n, -low, -n], -1)[:, :, None, None]
         change = change * (age[:, None, :] > step[:, None])[..., None, None]
         row = (episode[..., None] * frames.shape[1] + at)[:, :, None] * steps + step[:, None]
