@@ -95,7 +95,7 @@ def test_equals_the_plain_mlp_on_the_reference_features(
 @pytest.mark.parametrize("num_left", [1, 30, 398])
 def test_features_stay_exact_until_little_is_left(feature_set, num_left):
     # Sums over what was visited nearly cancel the totals at the end of a roll-out.
-    config = rules(feature_set)
+    config = rules(feature_set, num_past_steps=3)
     stack = SessionStack.of([session(400), session(400, 1)], config)
     order = np.stack([np.random.default_rng(i).permutation(400) for i in range(4)])
     visited = np.ones((4, 400), bool)
