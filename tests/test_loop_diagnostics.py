@@ -14,6 +14,7 @@ from ssl2rl_ray.loop.diagnostics import (
     inconsistency_rate,
     is_collapsed,
     label_quality,
+    mean_entropy,
     num_switches,
     tour_figures,
 )
@@ -255,3 +256,8 @@ def test_a_fall_is_from_the_best_so_far():
     assert has_fallen([0.6, 0.63, 0.62, 0.6], 0.02)
     assert not has_fallen([0.63, 0.5, 0.62], 0.02)  # it has come back
     assert not has_fallen([0.5, 0.7], 0.02)
+
+
+def test_entropy_of_predictions():
+    assert mean_entropy([0.5, 1.0, 0.0]) == pytest.approx(np.log(2) / 3)
+    assert mean_entropy([]) is None

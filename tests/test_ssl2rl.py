@@ -426,7 +426,7 @@ def test_policies_learn_nothing_from_labels_that_nobody_may_know(tmp_path, demo_
 def rows_of(*accuracies: float, is_collapsed: bool = False) -> list[dict[str, Any]]:
     return [
         {
-            "classifier": {"selection": {"accuracy": accuracy}},
+            "classifier": {"selection": {"accuracy": accuracy}, "unlabelled": {"entropy": 0.6}},
             "return": {"selection": {"60": {"episode_return": 100 * accuracy}}},
             "is_collapsed": is_collapsed and k == len(accuracies) - 1,
         }
@@ -466,6 +466,14 @@ def test_a_collapse_ends_a_method_at_once_unless_f_0_was_no_better():
     assert found is not None and "collapse" in found
     assert _gone_wrong(task_of(), rows[1:]) is None
     assert _gone_wrong(task_of(), rows[1:] * 2) is None
+
+
+def test_predictions_that_become_certain_end_a_method():
+    rows = rows_of(0.6, 0.6)
+    rows[1]["classifier"]["unlabelled"]["entropy"] = 0.061
+    assert _gone_wrong(task_of(), rows) is None
+    rows[1]["classifier"]["unlabelled"]["entropy"] = 0.059
+    assert "certain: entropy 0.059, of f_0 0.600" in str(_gone_wrong(task_of(), rows))
 
 
 def test_a_round_that_cannot_be_judged_is_told_all_the_same(capsys):

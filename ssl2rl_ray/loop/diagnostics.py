@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import entr
 
 from envs.cryoem.rewards import switch_level
 from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray, Switch
@@ -186,6 +187,11 @@ def is_collapsed(figures: Mapping[str, float | None], low_share: float) -> bool:
         and not _COLLAPSED_SHARE <= share <= 1 - _COLLAPSED_SHARE
         and _COLLAPSED_SHARE <= low_share <= 1 - _COLLAPSED_SHARE
     )
+
+
+def mean_entropy(p: ArrayLike) -> float | None:
+    """Of predictions (N,), nats; its fall towards 0 is a sign of collapse. None of no holes."""
+    return _mean(entr(np.asarray(p, float)) + entr(1 - np.asarray(p, float)))
 
 
 def has_fallen(accuracies: Sequence[float], max_fall: float) -> bool:

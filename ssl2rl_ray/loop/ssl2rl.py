@@ -53,6 +53,8 @@ from ssl2rl_ray.tensorboard import TensorBoard
 
 CRITERIA = ("reward", "accuracy")
 _ROUNDS_OF_A_FALL = 2
+_LEAST_ENTROPY = 0.1
+"""Of f_0's: a classifier that is surer than this has talked itself into its labels. A choice."""
 _FEW_OF_A_KIND = 5
 
 
@@ -307,6 +309,9 @@ def _gone_wrong(task: Task, rounds: list[dict[str, Any]]) -> str | None:
     """Why a method had better end here; None = it goes well."""
     if rounds[-1]["is_collapsed"] and not rounds[0]["is_collapsed"]:  # a timid f_0 may be mended
         return "nearly all holes are called one thing (collapse)"
+    first, last_one = (rounds[k]["classifier"]["unlabelled"].get("entropy") for k in (0, -1))
+    if first is not None and last_one is not None and last_one < _LEAST_ENTROPY * first:
+        return f"its predictions have become certain: entropy {last_one:.3f}, of f_0 {first:.3f}"
     accuracies = [row["classifier"]["selection"]["accuracy"] for row in rounds]
     max_fall = task.config.loop.max_fall
     last = range(len(accuracies) - _ROUNDS_OF_A_FALL + 1, len(accuracies) + 1)
@@ -336,6 +341,8 @@ def scalars(row: dict[str, Any]) -> dict[str, float | bool]:
     if roll := row["roll_out"]:
         for what in ("num_switches", "inconsistency", "inconsistency_bound"):
             flat |= {f"roll_out/{what}_{level}": v for level, v in roll[what].items()}
+    flat["unlabelled/entropy"] = row["classifier"]["unlabelled"]["entropy"]
+    flat["unlabelled/positive_share"] = row["classifier"]["unlabelled"]["positive_share"]
     flat |= {f"wall_s/{name}": seconds for name, seconds in row["wall_s"].items()}
     return flat
 

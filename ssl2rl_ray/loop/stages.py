@@ -40,6 +40,7 @@ from ssl2rl_ray.data.folder import write_dataset
 from ssl2rl_ray.data.splits import split_by_square
 from ssl2rl_ray.evaluate import roll_out
 from ssl2rl_ray.loop import head
+from ssl2rl_ray.loop.diagnostics import mean_entropy
 from ssl2rl_ray.loop.head import Head
 from ssl2rl_ray.loop.pseudo_labels import PseudoLabels
 from ssl2rl_ray.loop.rollout import RollOut, roll_out_all
@@ -400,7 +401,11 @@ def judge_classifier(task: Task, belief: Belief) -> dict[str, Any]:
             "selection": figures(p, selection),
             "test": figures(p, test),
             # diagnostics only: nothing is chosen by it
-            "unlabelled": figures(p, unlabelled) | {"positive_share": positive_share},
+            "unlabelled": figures(p, unlabelled)
+            | {
+                "positive_share": positive_share,
+                "entropy": mean_entropy(p[task.split.unlabelled]),
+            },
         },
         "posterior": posterior,
     }
