@@ -206,7 +206,8 @@ class Belief:
     p_classifier: FloatArray
     """Of the hole's image alone, over f_0's temperature."""
     p_posterior: FloatArray | None
-    """Of classifier and neighbours, with the known labels (a hole's own left out)."""
+    """Of classifier and neighbours with the known labels, a hole's own left out; in the training
+    squares with the labels of the training squares only."""
     p_blind: FloatArray | None
     """The same without labels in validation squares."""
     effects: Effects
@@ -308,10 +309,15 @@ def belief_of(task: Task, begun: Model | Head, begun_logit: FloatArray, raw: Flo
     is_blind = is_known.copy()
     is_blind[np.concatenate([task.selection, task.test])] = False
     unfitted = np.where(is_fitted, begun_logit, raw)
+    p_blind = begun.posterior.predict(task.table, matched, is_low, is_blind)
+    p_posterior = begun.posterior.predict(task.table, matched, is_low, is_known)
+    # Labels known in validation squares stand for a session under way there: what is learned from
+    # in the training squares has those of the training squares only, as every other method.
+    p_posterior[task.train] = p_blind[task.train]
     return Belief(
         p_classifier=expit(_filled(unfitted) / begun.temperature),
-        p_posterior=begun.posterior.predict(task.table, matched, is_low, is_known),
-        p_blind=begun.posterior.predict(task.table, matched, is_low, is_blind),
+        p_posterior=p_posterior,
+        p_blind=p_blind,
         effects=begun.posterior.effects,
     )
 
