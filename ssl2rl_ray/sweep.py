@@ -455,7 +455,8 @@ def run_sweep(
             with _held(sweep, folder):  # only now the folder is made
                 todo = _unfinished(sweep, folder)
                 told = on_event or (lambda event: None)
-                reasons = _run_trials(sweep, folder, todo, num_trials, argv, told)
+                if todo:  # a trial of a killed driver may have come to its end in the meantime
+                    reasons = _run_trials(sweep, folder, todo, num_trials, argv, told)
     found = {name: trial_status(folder / name) for name in sweep.trials}
     return {
         "out": str(folder),

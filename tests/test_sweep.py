@@ -332,7 +332,7 @@ def command(home: Path, *words: object) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "HOME": str(home)}
     environment.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
-        [sys.executable, "-m", "ssl2rl_ray", *map(str, words)],
+        [sys.executable, "-m", "ssl2rl_ray", "--debug", *map(str, words)],
         cwd=Path(__file__).parents[1],
         env=environment,
         stdout=subprocess.PIPE,
@@ -382,12 +382,25 @@ def read_summary(folder: Path) -> dict:
     return summary
 
 
+def test_a_trial_that_ends_while_ray_starts_is_not_run_again(tmp_path, monkeypatch):
+    """That of a killed driver: unfinished when looked at first, finished when Ray is there."""
+    from ssl2rl_ray import sweep as module
+
+    sweep = load_sweep(write(tmp_path))
+    looks = iter([["seed-0"], []])
+    monkeypatch.setattr(module, "_unfinished", lambda *_: next(looks))
+    monkeypatch.setattr(module, "local_ray", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(module, "_cluster_room", module.find_room)
+    result = run_sweep(sweep, tmp_path / "out")
+    assert result["num_run"] == 0
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_sweep_outlives_its_driver_and_ends_as_plain_runs(tmp_path, home):
     """Killed when one trial is finished and one runs; stopped by Ctrl-C; then the trial killed."""
-    changes = {"num_epochs": 40, "evaluation_interval_epochs": 5}
+    changes = {"num_epochs": 200, "evaluation_interval_epochs": 20}
     path = write(tmp_path, base={**BASE, "training": {**BASE["training"], **changes}})
     out = tmp_path / "out"
     words = ["sweep", path, "--out", out, "--set", "tune.max_concurrent=1"]
@@ -413,7 +426,7 @@ def test_a_sweep_outlives_its_driver_and_ends_as_plain_runs(tmp_path, home):
         assert isinstance(config, PerceptionRunConfig)
         assert read_summary(out / name) == plain_summary(config, tmp_path / name)
         epochs = RunDirectory.open(out / name).metrics()["epoch"]
-        assert epochs.tolist() == list(range(1, 41))  # none lost, none twice
+        assert epochs.tolist() == list(range(1, 201))  # none lost, none twice
     assert {entry.name for entry in out.iterdir()} == {".lock", "seed-0", "seed-1", "sweep.yaml"}
     assert not (home / "ray_results").exists()
 
