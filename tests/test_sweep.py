@@ -332,7 +332,7 @@ def command(home: Path, *words: object) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "HOME": str(home)}
     environment.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
-        [sys.executable, "-m", "ssl2rl_ray", "--debug", *map(str, words)],
+        [sys.executable, "-m", "ssl2rl_ray", *map(str, words)],
         cwd=Path(__file__).parents[1],
         env=environment,
         stdout=subprocess.PIPE,
@@ -403,7 +403,7 @@ def test_a_sweep_outlives_its_driver_and_ends_as_plain_runs(tmp_path, home):
     changes = {"num_epochs": 200, "evaluation_interval_epochs": 20}
     path = write(tmp_path, base={**BASE, "training": {**BASE["training"], **changes}})
     out = tmp_path / "out"
-    words = ["sweep", path, "--out", out, "--set", "tune.max_concurrent=1"]
+    words = ["--debug", "sweep", path, "--out", out, "--set", "tune.max_concurrent=1"]
     with command(home, *words) as first:
         wait_for(first, "running     seed-1")
     assert trial_status(out / "seed-0") == "finished"
