@@ -192,7 +192,7 @@ def test_normal_scores_by_hand():
     )  # quantiles of 5/6, 1/6 and 1/2
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)  # one draw in 10^5 is 4.5 sd off
 @given(seed=st.integers(0, 2**32 - 1), fraction=st.floats(0, 1))
 def test_visible_components_have_the_stated_size_and_correlation(seed, fraction):
     table = draw_session(np.random.default_rng(1), "y3")
