@@ -105,12 +105,9 @@ def ssl2rl(
     needs_ray = any(is_trained(config.loop, METHODS[name]) for name in config.loop.methods)
     with local_ray(config.rl.num_env_runners + 1) if needs_ray else nullcontext():
         for i, name in enumerate(config.loop.methods):
-            num_done, num_methods = i, len(config.loop.methods)
 
-            def tell(
-                row: dict[str, Any], num_done: int = num_done, num_methods: int = num_methods
-            ) -> None:
-                progress({**row, "share": (num_done + row["share"]) / num_methods})
+            def tell(row: dict[str, Any], i: int = i) -> None:
+                progress({**row, "share": (i + row["share"]) / len(config.loop.methods)})
 
             methods[name] = _play_method(task, name, run, tell)
             summary = {"sample": task.describe(), "methods": methods}
