@@ -1,0 +1,1 @@
+"""SFX tuning: which CrystFEL parameters index most frames of a running experiment."""

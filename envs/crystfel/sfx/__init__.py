@@ -1,0 +1,1 @@
+"""The embedded pipeline (simulator, peak finder, known-cell indexer) needs nothing installed."""
