@@ -1,0 +1,129 @@
+"""A folder with what an indexer needs: geometry, reference cell, list of frames."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from envs.crystfel.sfx.formats import (
+    FormatError,
+    Geometry,
+    PathLike,
+    digest,
+    read_cell,
+    read_frames,
+    read_geometry,
+)
+from envs.crystfel.types import Frame, ParameterError, Parameters, UnitCell
+
+GEOMETRY_FILE = "experiment.geom"
+CELL_FILE = "reference.cell"
+FRAMES_FILE = "frames.lst"
+PARAMETERS_FILE = "parameters.json"
+TRUTH_FILE = "truth.npz"
+"""Of simulated folders; never read by an indexer."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experiment:
+    """What is known of an experiment before anything is indexed; the truth is nowhere in it."""
+
+    folder: Path
+    geometry_path: Path
+    cell_path: Path
+    frames_path: Path
+    geometry: Geometry
+    """The user's start: offsets of ``Parameters`` are relative to it."""
+    cell: UnitCell
+    frames: tuple[Frame, ...]
+    """In the order of the list, with absolute paths."""
+    nominal: Parameters
+    """Where tuning starts."""
+
+    @cached_property
+    def digest(self) -> str:
+        """16 digits that change with geometry file and cell file; for ``Indexer.version``."""
+        return digest(
+            self.geometry_path.read_text(errors="replace"),
+            self.cell_path.read_text(errors="replace"),
+        )
+
+
+def read_experiment(
+    folder: PathLike,
+    *,
+    geometry: PathLike | None = None,
+    cell: PathLike | None = None,
+    frames: PathLike | None = None,
+) -> Experiment:
+    """Reads a data folder: what ``ssl2rl sfx simulate`` writes, or a user's own.
+
+    Where a file does not have its default name (``experiment.geom``, ``reference.cell``,
+    ``frames.lst``), the only one of its kind in the folder is taken.
+
+    Args:
+        folder: the folder.
+        geometry: the ``.geom`` to use instead.
+        cell: the ``.cell`` or ``.pdb`` to use instead.
+        frames: the ``.lst`` to use instead.
+
+    Raises:
+        FormatError: a file that is missing, several of which one is to be named, or a file that is
+            not what it should be, with its line.
+    """
+    folder = Path(os.path.abspath(folder))
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: there is no such folder")
+    paths = [
+        _chosen(folder, given, default, patterns, option)
+        for given, default, patterns, option in (
+            (geometry, GEOMETRY_FILE, ("*.geom",), "--geometry"),
+            (cell, CELL_FILE, ("*.cell", "*.pdb"), "--cell"),
+            (frames, FRAMES_FILE, ("*.lst",), "--frames"),
+        )
+    ]
+    listed = read_frames(paths[2])
+    if not listed:
+        raise FormatError(f"{paths[2]}: lists no frame")
+    return Experiment(
+        folder=folder,
+        geometry_path=paths[0],
+        cell_path=paths[1],
+        frames_path=paths[2],
+        geometry=read_geometry(paths[0], listed[0]),
+        cell=read_cell(paths[1]),
+        frames=listed,
+        nominal=_nominal(folder / PARAMETERS_FILE),
+    )
+
+
+def _chosen(
+    folder: Path, given: PathLike | None, default: str, patterns: tuple[str, ...], option: str
+) -> Path:
+    if given is not None:
+        return Path(os.path.abspath(given))
+    if (folder / default).exists():
+        return folder / default
+    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    if len(found) == 1:
+        return found[0]
+    kinds = " or ".join(patterns)
+    if not found:
+        raise FormatError(f"{folder}: no {default} and no other {kinds}: name one by {option}")
+    names = ", ".join(path.name for path in found[:8])
+    raise FormatError(f"{folder}: several {kinds} ({names}): name one by {option}")
+
+
+def _nominal(path: Path) -> Parameters:
+    if not path.exists():
+        return Parameters()
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("expected an object of parameter names and values")
+        return Parameters().replace(**values)
+    except (OSError, ValueError, RecursionError, ParameterError) as error:
+        raise FormatError(f"{path}: {error}") from error
