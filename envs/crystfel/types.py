@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -358,3 +358,45 @@ def tunables(
         if name not in table:
             raise ParameterError(f"{name!r} cannot be tuned; there are {', '.join(table)}")
     return tuple(table[name] for name in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig:
+    """The rules of an episode."""
+
+    tunables: tuple[str, ...] = tuple(TUNABLES)
+    """Which parameters, in which order; the others stay the user's."""
+    num_frames: int = 200
+    """N, of the cached sample; every evaluation indexes all of them."""
+    num_steps: int = 19
+    """T, proposals in an episode: with the start, 20 evaluations."""
+    action: Literal["continuous", "discrete"] = "continuous"
+    """``continuous``: (K,) in -1..1, a joint change of the best parameters so far; ``discrete``:
+    nothing, or one parameter up or down by its ``step``, from where the last action led."""
+    max_change: float = 0.5
+    """Of a continuous action: share of a parameter's range."""
+    reward: Literal["best", "change"] = "best"
+    """``best``: by how much the best indexed fraction rises; ``change``: change of the fraction,
+    up or down (Ferreira de Lima et al. 2021)."""
+    time_cost: float = 0.0
+    """Subtracted from the reward for each CPU second that a frame takes."""
+    is_free_seen: bool = True
+    """What the pipeline tells for free is observed: hits, peaks, cell ratio, spot shift, residual,
+    CPU time. False: the fraction only."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, or ParameterError for the tunables, with the field's name."""
+        object.__setattr__(self, "tunables", tuple(self.tunables))
+        tunables(self.tunables)
+        for name in ("num_frames", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be 1 or more, found {getattr(self, name)}")
+        if not 0 < self.max_change <= 1:
+            raise ValueError(f"max_change: must be above 0, at most 1, found {self.max_change}")
+        if not self.time_cost >= 0:
+            raise ValueError(f"time_cost: must be 0 or more, found {self.time_cost}")
+        for name, known in (("action", ("continuous", "discrete")), ("reward", ("best", "change"))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}: expected {' or '.join(known)}, found {getattr(self, name)!r}"
+                )
