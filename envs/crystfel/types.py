@@ -207,6 +207,23 @@ class UnitCell:
             [self.a_A, self.b_A, self.c_A, self.alpha_deg, self.beta_deg, self.gamma_deg]
         )
 
+    def reciprocal_per_A(self) -> FloatArray:
+        """(3, 3) rows a*, b*, c* in 1/Å (no 2 pi); a lies along x and b in the xy plane.
+
+        A reflection (h, k, l) of a crystal turned by R has q = (h, k, l) @ rows @ R.T.
+        """
+        alpha, beta, gamma = np.radians(self.as_array()[3:])
+        cosine = (np.cos(alpha) - np.cos(beta) * np.cos(gamma)) / np.sin(gamma)
+        c_axis = np.array([np.cos(beta), cosine, math.sqrt(1 - np.cos(beta) ** 2 - cosine**2)])
+        direct = np.array(
+            [
+                [self.a_A, 0.0, 0.0],
+                [self.b_A * np.cos(gamma), self.b_A * np.sin(gamma), 0.0],
+                self.c_A * c_axis,
+            ]
+        )
+        return np.linalg.inv(direct).T
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IndexingResult:
