@@ -1,0 +1,433 @@
+"""Known-cell indexer: the orientation of a crystal whose cell is known, and whether to believe it.
+
+Search in the manner of the direct-space indexers (Gevorkov et al., Acta Cryst. A75 (2019) 694;
+Duisenberg, J. Appl. Cryst. 25 (1992) 92): a lattice vector t of the crystal makes q . t whole for
+all scattering vectors q. The shortest axis of the known cell is sought on a hemisphere of
+directions, the two others by turning about it; the best candidates are refined together.
+
+A fit alone proves nothing: with enough orientations to choose from, some lattice comes close to
+half of any set of points. A lattice is therefore believed only where the number of peaks close to
+it is significant against peaks that lie anywhere (binomial, corrected for the orientations tried),
+along each axis on its own, where it explains most of the peaks, and where its cell is the known
+one, of the same symmetry. An agent that is rewarded for indexed frames would find any gap here.
+
+Shape letters: N peaks, D directions, L lengths, T candidate axes, M candidate lattices,
+S symmetries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import betainc
+
+from envs.crystfel.types import BoolArray, FloatArray, IntArray, UnitCell
+
+LENGTH_TOLERANCE = 0.05
+"""Of each axis against the known cell (CrystFEL's default; never tuned: a wide one indexes junk)."""
+ANGLE_TOLERANCE_DEG = 1.5
+"""Of each angle (CrystFEL's default)."""
+MIN_EXPLAINED = 0.5
+"""Share of the peaks within ``EXPLAINED_WITHIN`` of the lattice."""
+EXPLAINED_WITHIN = 0.25
+"""Of a lattice spacing, along each axis."""
+MAX_LOG10_P = -2.0
+"""Of the whole lattice: a false one in 100 blank hits where all assumptions hold."""
+MAX_LOG10_P_AXIS = -3.0
+"""Of each axis, given the other two."""
+
+_LOG10_ORIENTATIONS = 8.0
+"""Orientations and cells that differ by more than the closeness tested, about 10^8."""
+_CLOSENESS = (0.08, 0.12, 0.18, 0.25)
+"""Distances from a lattice point, in spacings, at which peaks are counted."""
+_MAX_ORDER = 10.0
+"""Of the sought axis: peaks up to this order take part in the search."""
+_NUM_PEAKS = 80
+"""At most so many peaks of the lowest angles take part in the search,"""
+_MIN_PEAKS = 25
+"""and at least so many, where there are."""
+_LENGTHS = (0.96, 1.0, 1.04)
+"""Of the sought axis over its length in the known cell: a wrong distance scales all."""
+_NUM_AXES = 160
+_NUM_LATTICES = 24
+_NUM_FINALISTS = 10
+_MAX_DIRECTIONS = 40_000
+_TURN = 2 * math.pi
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Crystal:
+    """A lattice that was found."""
+
+    basis_A: FloatArray
+    """(3, 3) rows a, b, c in the laboratory, Å."""
+    hkl: IntArray
+    """(N, 3) nearest lattice point of each peak."""
+    is_indexed: BoolArray
+    """(N,) peaks within ``EXPLAINED_WITHIN`` of their lattice point."""
+    log10_p: float
+    """Of so many peaks this close to any of the lattices tried, had they lain anywhere."""
+
+    @cached_property
+    def cell(self) -> FloatArray:
+        """(6,) a, b, c in Å; alpha, beta, gamma in degrees."""
+        return cell_parameters(self.basis_A[None])[0]
+
+
+def index_peaks(q_per_A: FloatArray, cell: KnownCell) -> Crystal | None:
+    """Finds the crystal in a frame, if there is one.
+
+    Args:
+        q_per_A: (N, 3) scattering vectors of the peaks (without 2 pi), 1/Å.
+        cell: what is sought.
+
+    Returns:
+        The most significant lattice; None where none can be believed.
+    """
+    q = np.asarray(q_per_A, dtype=np.float64)
+    if len(q) < 4:
+        return None
+    q = q[np.isfinite(q).all(axis=1)]
+    low = _lowest(q, cell)
+    axes = _find_axes(low, cell)
+    if not cell.has_flip:
+        axes = np.concatenate([axes, -axes])
+    bases = _turn(low, axes, cell)
+    if not len(bases):
+        return None
+    bases = _refine(bases, q, cell)
+    return _best(bases, q, cell)
+
+
+# ------------------------------------------------------------------------------ the known cell
+
+
+@dataclass(frozen=True)
+class KnownCell:
+    """A unit cell with what the search needs of it, worked out once."""
+
+    cell: UnitCell
+
+    @cached_property
+    def basis_A(self) -> FloatArray:
+        """(3, 3) rows a, b, c: a along x, b in the xy plane."""
+        return basis_of(self.cell)
+
+    @cached_property
+    def parameters(self) -> FloatArray:
+        """(6,) lengths and angles."""
+        return self.cell.as_array()
+
+    @cached_property
+    def symmetry(self) -> FloatArray:
+        """(S, 3, 3) integer matrices W that leave the metric as it is (within a per mille).
+
+        The rows of ``W @ basis`` are as good a basis of the lattice: the holohedry, found by trial
+        instead of by table, so that any setting will do.
+        """
+        every = np.array(list(product((-1, 0, 1), repeat=3)))
+        metric = self.basis_A @ self.basis_A.T
+        square = np.einsum("ni,ij,nj->n", every, metric, every)
+        alike = [every[np.abs(square - metric[i, i]) < 2e-3 * metric[i, i]] for i in range(3)]
+        found = np.array([np.stack(rows) for rows in product(*alike)])
+        new = found @ metric @ found.transpose(0, 2, 1)
+        scale = np.sqrt(np.outer(np.diag(metric), np.diag(metric)))
+        is_same = (np.abs(new - metric) < 2e-3 * scale).all(axis=(1, 2))
+        return found[is_same].astype(np.float64)
+
+    @cached_property
+    def axis(self) -> int:
+        """The shortest axis: fewest directions to try."""
+        return int(np.argmin(self.parameters[:3]))
+
+    @property
+    def max_q_per_A(self) -> float:
+        """Up to where the search uses peaks."""
+        return _MAX_ORDER / float(self.parameters[self.axis])
+
+    @cached_property
+    def directions(self) -> NDArray[np.float32]:
+        """(D, 3) unit vectors over a hemisphere, so close that no lattice row slips through."""
+        spacing = 2.0 / (_TURN * _MAX_ORDER)  # 1 rad of phase at the highest order
+        number = min(int(_TURN / (0.866 * spacing**2)), _MAX_DIRECTIONS)
+        k = np.arange(number) + 0.5
+        z = k / number
+        turn = k * math.pi * (3 - math.sqrt(5))
+        radius = np.sqrt(1 - z * z)
+        xyz = np.stack([radius * np.cos(turn), radius * np.sin(turn), z], axis=1)
+        return xyz.astype(np.float32)
+
+    @cached_property
+    def turned(self) -> FloatArray:
+        """(A, 2, 3) the two other axes, turned about the sought one by A angles."""
+        others = np.delete(self.basis_A, self.axis, axis=0)
+        along = self.basis_A[self.axis] / np.linalg.norm(self.basis_A[self.axis])
+        reach = np.linalg.norm(others, axis=1).max() * self.max_q_per_A
+        turns = _TURN / self._fold
+        number = max(4, math.ceil(turns / (2.0 / (_TURN * reach))))
+        return others @ _about(along, turns * np.arange(number) / number).transpose(0, 2, 1)
+
+    @property
+    def _fold(self) -> int:
+        """Proper rotations of the lattice about the sought axis."""
+        is_proper = np.linalg.det(self.symmetry) > 0
+        keeps = (self.symmetry[:, self.axis] == np.eye(3)[self.axis]).all(axis=1)
+        return max(1, int((is_proper & keeps).sum()))
+
+    @cached_property
+    def has_flip(self) -> bool:
+        """Whether some symmetry turns the sought axis round: then a hemisphere is enough."""
+        is_proper = np.linalg.det(self.symmetry) > 0
+        return bool(
+            (is_proper & (self.symmetry[:, self.axis] == -np.eye(3)[self.axis]).all(1)).any()
+        )
+
+    @cached_property
+    def _averaging(self) -> FloatArray:
+        """(9, 9) what takes a metric, as a row of nine, to its mean over the symmetries."""
+        w = self.symmetry
+        return np.einsum("sij,slk->jkil", w, w).reshape(9, 9) / len(w)
+
+    def symmetrised(self, bases: FloatArray) -> FloatArray:
+        """The nearest bases (M, 3, 3) whose metric has the symmetry of the cell.
+
+        The metric is averaged over the symmetries; the basis with that metric is then turned to
+        where the given one is (Kabsch).
+        """
+        metric = bases @ bases.transpose(0, 2, 1)
+        ideal = np.linalg.cholesky((metric.reshape(-1, 9) @ self._averaging).reshape(-1, 3, 3))
+        u, _, vt = np.linalg.svd(ideal.transpose(0, 2, 1) @ bases)
+        return ideal @ u @ vt  # improper where the basis is: handedness is kept
+
+    def is_alike(self, bases: FloatArray) -> BoolArray:
+        """(M,) whether the cells are the known one within the tolerances."""
+        found, known = cell_parameters(bases), self.parameters
+        is_long = np.abs(found[:, :3] / known[:3] - 1) <= LENGTH_TOLERANCE
+        is_wide = np.abs(found[:, 3:] - known[3:]) <= ANGLE_TOLERANCE_DEG
+        return is_long.all(axis=1) & is_wide.all(axis=1)
+
+
+def basis_of(cell: UnitCell) -> FloatArray:
+    """(3, 3) rows a, b, c in Å: a along x, b in the xy plane.
+
+    Raises:
+        ValueError: lengths and angles that no cell has.
+    """
+    a, b, c, *angles = cell.as_array()
+    cos_a, cos_b, cos_g = np.cos(np.radians(angles))
+    sin_g = math.sin(math.radians(angles[2]))
+    if min(a, b, c) <= 0 or sin_g <= 0:
+        raise ValueError(f"{cell} is no unit cell")
+    cx, cy = cos_b, (cos_a - cos_b * cos_g) / sin_g
+    if (rest := 1 - cx * cx - cy * cy) <= 0:
+        raise ValueError(f"{cell} is no unit cell: its angles do not go together")
+    return np.array([[a, 0, 0], [b * cos_g, b * sin_g, 0], [c * cx, c * cy, c * math.sqrt(rest)]])
+
+
+def cell_parameters(bases: FloatArray) -> FloatArray:
+    """Lengths (Å) and angles (degrees) (M, 6) of bases (M, 3, 3)."""
+    metric = bases @ bases.transpose(0, 2, 1)
+    lengths = np.sqrt(np.einsum("mii->mi", metric))
+    first, second = [1, 2, 0], [2, 0, 1]  # alpha is between b and c
+    cosine = metric[:, first, second] / (lengths[:, first] * lengths[:, second])
+    return np.concatenate([lengths, np.degrees(np.arccos(np.clip(cosine, -1, 1)))], axis=1)
+
+
+def misorientation_deg(basis_A: FloatArray, true_basis_A: FloatArray, cell: KnownCell) -> float:
+    """Angle of the smallest rotation between two bases of one lattice, over its symmetries."""
+    alike = cell.symmetry @ true_basis_A
+    u, _, vt = np.linalg.svd(alike.transpose(0, 2, 1) @ basis_A)
+    rotation = u @ vt
+    trace = np.einsum("sii->s", rotation)
+    is_proper = np.linalg.det(rotation) > 0
+    angle = np.degrees(np.arccos(np.clip((trace[is_proper] - 1) / 2, -1, 1)))
+    return float(angle.min(initial=180.0))
+
+
+# ------------------------------------------------------------------------------ the search
+
+
+def _lowest(q: FloatArray, cell: KnownCell) -> FloatArray:
+    """The peaks (N', 3) of the lowest angles, as many as the search wants."""
+    length = np.linalg.norm(q, axis=1)
+    order = np.argsort(length, kind="stable")
+    number = int((length <= cell.max_q_per_A).sum())
+    return q[order[: min(max(number, _MIN_PEAKS), _NUM_PEAKS)]]
+
+
+def _find_axes(q: FloatArray, cell: KnownCell) -> FloatArray:
+    """Candidates (T, 3) of the sought axis, Å, best first, no two close to each other."""
+    length = float(cell.parameters[cell.axis])
+    phase = (_TURN * length * q).astype(np.float32) @ cell.directions.T  # (N', D)
+    score = np.stack([np.cos(phase * np.float32(s)).sum(axis=0) for s in _LENGTHS])
+    best = np.argpartition(-score.ravel(), min(_NUM_AXES, score.size - 1))[:_NUM_AXES]
+    scale, place = np.divmod(best, len(cell.directions))
+    axes = cell.directions[place] * (length * np.array(_LENGTHS)[scale])[:, None]
+    axes = axes.astype(np.float64)
+    pairs = (q[:, :, None] * q[:, None, :]).reshape(len(q), 9)
+    for _ in range(2):
+        order = axes @ q.T
+        whole = np.rint(order)
+        weight = (np.abs(order - whole) < 0.25).astype(np.float64)
+        axes = _solve(weight, (weight * whole) @ q, axes[:, None], pairs)[:, 0]
+    ratio = np.linalg.norm(axes, axis=1) / length
+    score = np.cos(_TURN * (axes @ q.T)).sum(axis=1)
+    score[np.abs(ratio - 1) > 1.6 * LENGTH_TOLERANCE] = -np.inf
+    order = np.argsort(-score, kind="stable")
+    axes, score = axes[order], score[order]
+    unit = axes / np.linalg.norm(axes, axis=1, keepdims=True)
+    is_close = np.abs(unit @ unit.T) > math.cos(math.radians(1.0))
+    is_new = ~np.triu(is_close, 1).any(axis=0) & np.isfinite(score)
+    return axes[is_new][:_NUM_LATTICES]
+
+
+def _turn(q: FloatArray, axes: FloatArray, cell: KnownCell) -> FloatArray:
+    """Bases (M, 3, 3) made of an axis and the two others at the angles that fit best."""
+    if not len(axes):
+        return np.zeros((0, 3, 3))
+    along = cell.basis_A[cell.axis]
+    scale = np.linalg.norm(axes, axis=1) / np.linalg.norm(along)
+    to_axis = _from_to(along / np.linalg.norm(along), axes)  # (T, 3, 3)
+    own = np.einsum("ni,tij->tnj", q, to_axis) * scale[:, None, None]  # q in the cell's frame
+    turned = cell.turned  # (A, 2, 3)
+    own = (_TURN * own).astype(np.float32)
+    fit = sum(np.cos(own @ turned[:, k].T.astype(np.float32)) for k in range(2))  # (T, N', A)
+    weight = np.maximum(np.cos(_TURN * (axes @ q.T)), 0.0).astype(np.float32)
+    score = np.matmul(weight[:, None, :], fit)[:, 0]  # (T, A)
+    is_peak = (score >= np.roll(score, 1, axis=1)) & (score > np.roll(score, -1, axis=1))
+    score = np.where(is_peak, score, -np.inf).ravel()
+    best = np.argsort(-score, kind="stable")[:_NUM_LATTICES]
+    which, angle = np.divmod(best[np.isfinite(score[best])], len(turned))
+    others = np.einsum("mkj,mij->mki", turned[angle], to_axis[which]) * scale[which, None, None]
+    return np.insert(others, cell.axis, axes[which], axis=1)
+
+
+def _refine(bases: FloatArray, q: FloatArray, cell: KnownCell) -> FloatArray:
+    """Least squares over the peaks close to each lattice, from low angles to high."""
+    length = np.linalg.norm(q, axis=1)
+    pairs = (q[:, :, None] * q[:, None, :]).reshape(len(q), 9)
+    highest = max(float(length.max()), cell.max_q_per_A)
+    for reach in (*np.linspace(cell.max_q_per_A, highest, 4), highest):
+        whole, away = _orders(bases, q)
+        is_close = away.max(axis=0) < EXPLAINED_WITHIN
+        weight = (is_close & (length <= reach)).astype(np.float64)
+        target = ((weight * whole) @ q).transpose(1, 0, 2)
+        bases = cell.symmetrised(_solve(weight, target, bases, pairs))
+        if len(bases) > _NUM_FINALISTS:
+            score = np.cos(_TURN * away).sum(axis=0)[:, length <= reach].sum(axis=1)
+            bases = bases[np.argsort(-score, kind="stable")[:_NUM_FINALISTS]]
+    return bases
+
+
+def _orders(bases: FloatArray, q: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Nearest lattice point of each peak, and the distance from it: (3, M, N) each."""
+    order = bases.transpose(1, 0, 2) @ q.T
+    whole = np.rint(order)
+    return whole, np.abs(order - whole)
+
+
+def _solve(
+    weight: FloatArray, target: FloatArray, before: FloatArray, pairs: FloatArray
+) -> FloatArray:
+    """Rows t (M, r, 3) that make q . t whole, drawn a little towards what they were.
+
+    The draw holds what few peaks leave open, such as the length along the beam.
+
+    Args:
+        weight: (M, N).
+        target: (M, r, 3), or (M, 3) with r = 1: the weighted sum of order x q.
+        before: (M, r, 3).
+        pairs: (N, 9) the outer products of q.
+    """
+    ridge = 0.0025  # (0.1 of an order / 2 Å)^2
+    normal = (weight @ pairs).reshape(-1, 3, 3) + ridge * np.eye(3)
+    right = target.reshape(before.shape) + ridge * before
+    return np.linalg.solve(normal, right.transpose(0, 2, 1)).transpose(0, 2, 1)
+
+
+# ------------------------------------------------------------------------------ the test
+
+
+def _best(bases: FloatArray, q: FloatArray, cell: KnownCell) -> Crystal | None:
+    whole, away = _orders(bases, q)
+    log10_p, log10_p_axis = significance(away)
+    explained = (away.max(axis=0) < EXPLAINED_WITHIN).mean(axis=1)
+    is_believed = (
+        (log10_p <= MAX_LOG10_P)
+        & (log10_p_axis.max(axis=0) <= MAX_LOG10_P_AXIS)
+        & (explained >= MIN_EXPLAINED)
+        & cell.is_alike(bases)
+    )
+    if not is_believed.any():
+        return None
+    best = int(np.argmin(np.where(is_believed, log10_p, np.inf)))
+    return Crystal(
+        basis_A=bases[best],
+        hkl=whole[:, best].T.astype(np.int32),
+        is_indexed=away[:, best].max(axis=0) < EXPLAINED_WITHIN,
+        log10_p=float(log10_p[best]),
+    )
+
+
+def significance(away: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """How unlikely so many peaks so close to a lattice are, had they lain anywhere.
+
+    Peaks anywhere fall within t of a lattice point along an axis with probability 2 t, and along
+    all three with (2 t)^3, so that their number is binomial. The best of several t counts, and
+    the probability is multiplied by their number and by that of the lattices tried. For one axis,
+    only the peaks count that are close along the other two: a lattice with two right axes and a
+    wrong third one passes the first test but not this.
+
+    Args:
+        away: (3, M, N) distance of each peak from the nearest lattice point, in spacings.
+
+    Returns:
+        Decimal logarithm of the corrected probability (M,), and of the probability of each axis
+        given the other two (3, M).
+    """
+    whole, axis = [], []
+    for t in _CLOSENESS:
+        is_close = away < t
+        all_three = is_close.all(axis=0).sum(axis=1)
+        other_two = np.stack([(is_close[j - 1] & is_close[j - 2]).sum(axis=1) for j in range(3)])
+        whole.append(_log10_tail(all_three, np.full_like(all_three, away.shape[2]), (2 * t) ** 3))
+        axis.append(_log10_tail(all_three, other_two, 2 * t))
+    tried = math.log10(len(_CLOSENESS))
+    return (
+        np.min(whole, axis=0) + _LOG10_ORIENTATIONS + tried,
+        np.min(axis, axis=0) + tried,
+    )
+
+
+def _log10_tail(successes: IntArray, trials: IntArray, probability: float) -> FloatArray:
+    """Decimal logarithm of the chance of at least so many successes (binomial)."""
+    safe = np.maximum(successes, 1)
+    tail = betainc(safe, np.maximum(trials - safe + 1, 1), probability)
+    return np.where(successes > 0, np.log10(np.maximum(tail, 1e-300)), 0.0)
+
+
+# ------------------------------------------------------------------------------ rotations
+
+
+def _about(unit: FloatArray, angles: FloatArray) -> FloatArray:
+    """Rotations (A, 3, 3) about a unit vector (Rodrigues)."""
+    x, y, z = unit
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    sin, cos = np.sin(angles)[:, None, None], np.cos(angles)[:, None, None]
+    return np.eye(3) + sin * cross + (1 - cos) * (cross @ cross)
+
+
+def _from_to(unit: FloatArray, targets: FloatArray) -> FloatArray:
+    """Rotations (T, 3, 3) that take a unit vector to the directions of T vectors."""
+    to = targets / np.linalg.norm(targets, axis=1, keepdims=True)
+    half = unit + to
+    is_opposite = np.linalg.norm(half, axis=1) < 1e-6
+    half[is_opposite] = np.roll(np.eye(3), 1, axis=0)[int(np.argmax(np.abs(unit)))]
+    half[is_opposite] -= unit * (half[is_opposite] @ unit)[:, None]
+    half /= np.linalg.norm(half, axis=1, keepdims=True)
+    return 2 * half[:, :, None] * half[:, None, :] - np.eye(3)  # half a turn about the middle

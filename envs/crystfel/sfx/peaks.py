@@ -1,0 +1,291 @@
+"""Peak finder: statistics of rings around the beam, connected pixels, local signal to noise.
+
+The recipe is that of Cheetah's ``peakfinder8`` (Barty et al., J. Appl. Cryst. 47 (2014) 1118,
+section 3.3), written from the paper for arrays: pixels are gathered ring by ring once, so that
+sums over rings are sums over slices, and what is above the threshold of its ring is a short list.
+
+Shape letters: R rows and C columns of the slab, n pixels searched, K rings, P peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from envs.crystfel.types import BoolArray, FloatArray, IntArray, Parameters
+
+MAX_PEAKS = 2048
+"""Of a frame; the brightest are kept. More are noise, and would cost time only."""
+NUM_CLIPPINGS = 5
+"""Rounds of leaving out what is beyond ``min_snr`` of its ring (Cheetah's number)."""
+_RING_WIDTH_PX = 1.0
+_NUM_SAMPLES = 128
+"""Pixels of a ring that tell roughly where its threshold is: to 6 %."""
+_WORTH_A_LOOK = 0.7
+"""Pixels beyond this share of the rough threshold are the ones that clipping may leave out."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Peaks:
+    """The P peaks of a frame, brightest first."""
+
+    fs_px: FloatArray
+    """(P,) centre of mass on the slab along the columns; the centre of pixel i is i + 0.5."""
+    ss_px: FloatArray
+    """(P,) the same along the rows."""
+    intensity_adu: FloatArray
+    """(P,) sum over the peak's pixels above the local background."""
+    snr: FloatArray
+    """(P,) the sum over its standard deviation."""
+
+    def __len__(self) -> int:
+        """P."""
+        return len(self.fs_px)
+
+    def as_array(self) -> NDArray[np.float32]:
+        """(P, 4) fs, ss, intensity, signal to noise."""
+        columns = (self.fs_px, self.ss_px, self.intensity_adu, self.snr)
+        return np.stack(columns, axis=1).astype(np.float32)
+
+    @classmethod
+    def from_array(cls, array: NDArray[Any]) -> Peaks:
+        """From what ``as_array`` gives."""
+        return cls(fs_px=array[:, 0], ss_px=array[:, 1], intensity_adu=array[:, 2], snr=array[:, 3])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PixelMap:
+    """Which pixels are searched, sorted by ring; made once per geometry."""
+
+    shape: tuple[int, int]
+    """(R, C)"""
+    order: IntArray
+    """(n,) places on the flat slab, ring after ring."""
+    starts: IntArray
+    """(K,) where each ring begins in ``order``."""
+    counts: IntArray
+    """(K,) pixels of each ring."""
+    ring: IntArray
+    """(n,) ring of each pixel of ``order``."""
+    panel: IntArray
+    """(R * C,) panel of each pixel; -1 = not searched."""
+    place: IntArray
+    """(R * C,) where each pixel stands in ``order``; -1 = not searched."""
+    sample: IntArray
+    """(K, S) places in ``order`` of some pixels of each ring, evenly spaced."""
+
+
+def pixel_map(
+    radius_px: FloatArray, panel: IntArray, *, min_res_px: float = 0, max_res_px: float = np.inf
+) -> PixelMap:
+    """Sorts the pixels of a slab by their ring.
+
+    Args:
+        radius_px: (R, C) distance from the beam.
+        panel: (R, C) number of the panel; -1 where a pixel is bad or belongs to none. Peaks do
+            not reach over from one panel to another.
+        min_res_px: pixels from this radius on,
+        max_res_px: and up to this one, are searched.
+
+    Raises:
+        ValueError: no pixel is left, or the shapes differ.
+    """
+    if radius_px.shape != panel.shape or radius_px.ndim != 2:
+        raise ValueError("radius_px and panel must be (R, C) both")
+    is_searched = (panel >= 0) & (radius_px >= min_res_px) & (radius_px <= max_res_px)
+    ring = (radius_px / _RING_WIDTH_PX).astype(np.int64).ravel()
+    pixels = np.flatnonzero(is_searched)
+    if not len(pixels):
+        raise ValueError(
+            f"no usable pixel between {min_res_px} and {max_res_px} px from the beam; the "
+            f"detector reaches from {radius_px.min():.0f} to {radius_px.max():.0f} px"
+        )
+    order = pixels[np.argsort(ring[pixels], kind="stable")]
+    _, starts, inverse, counts = np.unique(
+        ring[order], return_index=True, return_inverse=True, return_counts=True
+    )
+    share = np.linspace(0.0, 1.0, _NUM_SAMPLES, endpoint=False)
+    place = np.full(panel.size, -1, dtype=np.int64)
+    place[order] = np.arange(len(order))
+    return PixelMap(
+        shape=(panel.shape[0], panel.shape[1]),
+        order=order,
+        starts=starts,
+        counts=counts,
+        ring=inverse.astype(np.int32),
+        panel=np.where(is_searched, panel, -1).astype(np.int32).ravel(),
+        place=place,
+        sample=starts[:, None] + (share * counts[:, None]).astype(np.int64),
+    )
+
+
+def find_peaks(image: NDArray[Any], pixels: PixelMap, parameters: Parameters) -> Peaks:
+    """Finds the peaks of a frame.
+
+    A peak is at least ``min_pix_count`` and at most ``max_pix_count`` connected pixels (sides or
+    corners, of one panel), each above the mean of its ring by ``min_snr`` standard deviations of
+    the ring and above ``threshold_adu``; their sum above the local background must be ``min_snr``
+    times its own standard deviation, and no pixel of the background may outshine the peak.
+
+    Args:
+        image: (R, C) of any number type; NaN = bad pixel.
+        pixels: from ``pixel_map`` with the same ``min_res_px`` and ``max_res_px``.
+        parameters: the numbers above, and ``local_bg_radius_px``.
+
+    Raises:
+        ValueError: the image is not (R, C).
+    """
+    if image.shape != pixels.shape:
+        raise ValueError(f"the image is {image.shape}, and the geometry is of {pixels.shape}")
+    flat = np.ascontiguousarray(image).ravel()
+    x = np.take(flat, pixels.order, mode="clip").astype(np.float32, copy=False)
+    mean, high, bright = _rings(x, pixels, parameters)
+    peak, bright = _components(bright, pixels, parameters)
+    if not len(bright):
+        return Peaks.from_array(np.zeros((0, 4), dtype=np.float32))
+    spot, value = pixels.order[bright], x[bright].astype(np.float64)
+    excess = np.maximum(value - mean[pixels.ring[bright]], 0.0)
+    row, column = np.divmod(spot, pixels.shape[1])
+    weight = np.bincount(peak, excess)
+    ss = np.bincount(peak, excess * row) / weight
+    fs = np.bincount(peak, excess * column) / weight
+    size = np.bincount(peak)
+    background, sigma, brightest = _surroundings(
+        x, high, fs, ss, pixels.panel[spot[_first(peak)]], pixels, parameters.local_bg_radius_px
+    )
+    total = np.bincount(peak, value) - size * background
+    peak_max = np.maximum.reduceat(value, _first(peak))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        snr = total / (np.sqrt(size) * sigma)
+    is_peak = (snr >= parameters.min_snr) & (total > 0) & (peak_max > brightest)
+    chosen = np.flatnonzero(is_peak)
+    chosen = chosen[np.argsort(-total[chosen], kind="stable")][:MAX_PEAKS]
+    columns = (fs[chosen] + 0.5, ss[chosen] + 0.5, total[chosen], snr[chosen])
+    return Peaks.from_array(np.stack(columns, axis=1).astype(np.float32))
+
+
+def _rings(
+    x: NDArray[np.float32], pixels: PixelMap, parameters: Parameters
+) -> tuple[FloatArray, FloatArray, IntArray]:
+    """Mean and upper threshold (K,) of each ring without what lies beyond; places above it.
+
+    A sample of each ring tells which few pixels are worth a look; all the others are summed up
+    once, and the rounds of clipping go over the few.
+    """
+    ring, counts, snr = pixels.ring, pixels.counts, parameters.min_snr
+    num_rings = len(counts)
+    centre, spread = _rough(np.take(x, pixels.sample))
+    reach = _WORTH_A_LOOK * snr * spread
+    y = x - np.repeat(centre, counts)
+    np.abs(y, out=y)
+    few = np.flatnonzero(~(y <= np.repeat(reach, counts)))  # NaN as well
+    y = x.copy()
+    y[few] = 0.0
+    s1 = np.add.reduceat(y, pixels.starts).astype(np.float64)
+    s2 = np.add.reduceat(np.square(y, out=y), pixels.starts).astype(np.float64)
+    where, value = ring[few], x[few].astype(np.float64)
+    rest = counts - np.bincount(where, minlength=num_rings)
+    is_kept = np.isfinite(value)
+    for _ in range(NUM_CLIPPINGS):
+        kept, v = where[is_kept], value[is_kept]
+        n = np.maximum(rest + np.bincount(kept, minlength=num_rings), 1)
+        mean = (s1 + np.bincount(kept, v, minlength=num_rings)) / n
+        square = (s2 + np.bincount(kept, v**2, minlength=num_rings)) / n
+        reach = snr * np.sqrt(np.maximum(square - mean**2, 0.0))
+        high = np.maximum(mean + reach, parameters.threshold_adu)
+        was_kept, is_kept = is_kept, (value <= high[where]) & (value >= (mean - reach)[where])
+        if np.array_equal(is_kept, was_kept):
+            break
+    return mean, high, few[value > high[where]]
+
+
+def _rough(
+    sample: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and standard deviation (K,) of samples (K, S), the outliers and NaN left out."""
+    ordered = np.nan_to_num(np.sort(sample, axis=1), copy=False)
+    low, centre, high = (ordered[:, sample.shape[1] * q // 4, None] for q in (1, 2, 3))
+    is_in = np.abs(sample - centre) <= 4 * (high - low) / 1.349  # of a normal distribution; not NaN
+    n = np.maximum(is_in.sum(axis=1), 1)
+    value = np.where(is_in, sample, 0.0)
+    mean = value.sum(axis=1) / n
+    variance = np.where(is_in, (sample - mean[:, None]) ** 2, 0.0).sum(axis=1) / n
+    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
+
+
+def _components(
+    bright: IntArray, pixels: PixelMap, parameters: Parameters
+) -> tuple[IntArray, IntArray]:
+    """Connected bright pixels whose number is allowed: (number of the peak, place), by peak."""
+    spot = pixels.order[bright]
+    by_spot = np.argsort(spot, kind="stable")
+    bright, spot = bright[by_spot], spot[by_spot]
+    if not len(spot):
+        return spot, spot
+    panel = pixels.panel[spot]
+    width = pixels.shape[1] + 2  # so that the end of a row is no neighbour of the next one's start
+    key = spot + 2 * (spot // pixels.shape[1])
+    n = len(key)
+    steps = np.array([1, width - 1, width, width + 1])
+    sought = key + steps[:, None]
+    found = np.minimum(np.searchsorted(key, sought.ravel()), n - 1).reshape(4, n)
+    is_pair = (key[found] == sought) & (panel[found] == panel)
+    first, second = np.nonzero(is_pair)[1], found[is_pair]
+    graph = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(n, n))
+    _, label = connected_components(graph, directed=False)
+    size = np.bincount(label)
+    is_allowed = (size >= parameters.min_pix_count) & (size <= parameters.max_pix_count)
+    kept = np.flatnonzero(is_allowed[label])
+    kept = kept[np.argsort(label[kept], kind="stable")]
+    number = np.cumsum(is_allowed) - 1
+    return number[label[kept]], bright[kept]
+
+
+def _surroundings(
+    x: NDArray[np.float32],
+    high: NDArray[np.float32],
+    fs: FloatArray,
+    ss: FloatArray,
+    panel: IntArray,
+    pixels: PixelMap,
+    radius_px: int,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Mean, standard deviation and maximum (P,) of the background pixels around each peak.
+
+    Background are the pixels within twice ``radius_px`` that are not above their ring's threshold.
+    """
+    rows, columns = _disc(2 * radius_px)
+    row = np.rint(ss).astype(np.int64)[:, None] + rows
+    column = np.rint(fs).astype(np.int64)[:, None] + columns
+    height, width = pixels.shape
+    is_on = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    flat = np.where(is_on, row * width + column, 0)
+    is_used = is_on & (pixels.panel[flat] == panel[:, None])
+    place = np.where(is_used, pixels.place[flat], 0)
+    value = x[place]
+    is_used &= value <= high[pixels.ring[place]]  # false for NaN
+    value = np.where(is_used, value, 0.0).astype(np.float64)
+    n = np.maximum(is_used.sum(axis=1), 1)
+    mean = value.sum(axis=1) / n
+    variance = (value**2).sum(axis=1) / n - mean**2
+    brightest = np.where(is_used, value, -np.inf).max(axis=1)
+    return mean, np.sqrt(np.maximum(variance, 0.0)), brightest
+
+
+@lru_cache(maxsize=8)
+def _disc(radius_px: int) -> tuple[IntArray, IntArray]:
+    side = np.arange(-radius_px, radius_px + 1)
+    rows, columns = np.meshgrid(side, side, indexing="ij")
+    is_in: BoolArray = rows**2 + columns**2 <= radius_px**2
+    return rows[is_in], columns[is_in]
+
+
+def _first(labels: IntArray) -> IntArray:
+    """Where each label begins, of sorted labels that leave none out."""
+    return np.flatnonzero(np.diff(labels, prepend=-1))
