@@ -24,7 +24,7 @@ def spots_of(reciprocal: np.ndarray) -> np.ndarray:
 @given(st.integers(0, 1000), st.floats(-2e-4, 2e-4), st.floats(-2e-4, 2e-4))
 def test_a_shifted_beam_shows_as_its_shift(seed, x, y):
     reciprocal = CELL @ Rotation.random(random_state=seed).as_matrix()
-    positions = spots_of(reciprocal) + (x, y, 0.0)
+    positions = spots_of(reciprocal) + np.array([x, y, 0.0])
     offsets = spot_offsets(positions, reciprocal, WAVELENGTH_A)
     is_paired = np.isfinite(offsets).all(1)
     assert is_paired.mean() > 0.9
@@ -32,7 +32,7 @@ def test_a_shifted_beam_shows_as_its_shift(seed, x, y):
 
 
 def test_by_hand():
-    # The reflection 10 0 -1 lies on the Ewald sphere: s = (sin, 0, cos) with sin = 10 a* wavelength.
+    # The reflection 10 0 -1 lies on the Ewald sphere, where sine = 10 a* x wavelength.
     sine = 10 / 79.2 * WAVELENGTH_A
     cosine = np.sqrt(1 - sine**2)
     reciprocal = np.diag([1 / 79.2, 1 / 79.2, (1 - cosine) / WAVELENGTH_A])
