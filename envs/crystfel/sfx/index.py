@@ -29,7 +29,7 @@ from scipy.special import betainc
 from envs.crystfel.types import BoolArray, FloatArray, IntArray, UnitCell
 
 LENGTH_TOLERANCE = 0.05
-"""Of each axis against the known cell (CrystFEL's default; never tuned: a wide one indexes junk)."""
+"""Of each axis against the known cell (CrystFEL's default). Never tuned: a wide one takes junk."""
 ANGLE_TOLERANCE_DEG = 1.5
 """Of each angle (CrystFEL's default)."""
 MIN_EXPLAINED = 0.5
@@ -116,7 +116,7 @@ class KnownCell:
     @cached_property
     def basis_A(self) -> FloatArray:
         """(3, 3) rows a, b, c: a along x, b in the xy plane."""
-        return basis_of(self.cell)
+        return np.linalg.inv(self.cell.reciprocal_per_A()).T
 
     @cached_property
     def parameters(self) -> FloatArray:
@@ -209,24 +209,7 @@ class KnownCell:
         found, known = cell_parameters(bases), self.parameters
         is_long = np.abs(found[:, :3] / known[:3] - 1) <= LENGTH_TOLERANCE
         is_wide = np.abs(found[:, 3:] - known[3:]) <= ANGLE_TOLERANCE_DEG
-        return is_long.all(axis=1) & is_wide.all(axis=1)
-
-
-def basis_of(cell: UnitCell) -> FloatArray:
-    """(3, 3) rows a, b, c in Å: a along x, b in the xy plane.
-
-    Raises:
-        ValueError: lengths and angles that no cell has.
-    """
-    a, b, c, *angles = cell.as_array()
-    cos_a, cos_b, cos_g = np.cos(np.radians(angles))
-    sin_g = math.sin(math.radians(angles[2]))
-    if min(a, b, c) <= 0 or sin_g <= 0:
-        raise ValueError(f"{cell} is no unit cell")
-    cx, cy = cos_b, (cos_a - cos_b * cos_g) / sin_g
-    if (rest := 1 - cx * cx - cy * cy) <= 0:
-        raise ValueError(f"{cell} is no unit cell: its angles do not go together")
-    return np.array([[a, 0, 0], [b * cos_g, b * sin_g, 0], [c * cx, c * cy, c * math.sqrt(rest)]])
+        return np.all(np.concatenate([is_long, is_wide], axis=1), axis=1)
 
 
 def cell_parameters(bases: FloatArray) -> FloatArray:

@@ -192,6 +192,7 @@ def _rings(
     where, value = ring[few], x[few].astype(np.float64)
     rest = counts - np.bincount(where, minlength=num_rings)
     is_kept = np.isfinite(value)
+    mean = high = np.zeros(num_rings)
     for _ in range(NUM_CLIPPINGS):
         kept, v = where[is_kept], value[is_kept]
         n = np.maximum(rest + np.bincount(kept, minlength=num_rings), 1)

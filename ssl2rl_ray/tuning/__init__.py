@@ -1,0 +1,1 @@
+"""Tuning an SFX analysis: training on simulated experiments, policies, comparisons."""
