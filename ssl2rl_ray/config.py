@@ -27,6 +27,7 @@ import yaml
 
 from envs.cryoem.synthetic import PRESETS
 from envs.cryoem.types import ActionLevel, FeatureSet, NavigationConfig, Preset
+from envs.crystfel.types import TuningConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -466,16 +467,81 @@ _OF_EVERY_STAGE = (
     "evaluation_interval_epochs",
 )
 
-RunConfig = NavigationRunConfig | PerceptionRunConfig | SSL2RLRunConfig
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentsConfig:
+    """The simulated experiments that an agent is trained on (domain randomisation)."""
+
+    kind: Literal["normal", "harder"] = "normal"
+    """See ``envs.crystfel.surrogate.draw_experiments``; ``harder`` is kept for tests."""
+    pool_size: int = 4096
+    """Responses that differ; each episode gives one another start, geometry error and frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningAlgorithmConfig:
+    """Proximal policy optimisation, RLlib's (Schulman et al. 2017, arXiv:1707.06347)."""
+
+    name: Literal["ppo"] = "ppo"
+    learning_rate: float = 1e-3
+    """Adam's, falling linearly to ``final_learning_rate`` over the run."""
+    final_learning_rate: float = 1e-4
+    discount: float = 0.95
+    """Of one evaluation: below 1, what is gained early counts more."""
+    trace_decay: float = 0.95
+    """lambda of the generalised advantage estimate."""
+    clip: float = 0.2
+    """epsilon of the clipped objective."""
+    entropy_weight: float = 0.0
+    value_weight: float = 0.5
+    num_epochs: int = 6
+    """Passes over the episodes of an update."""
+    num_minibatches: int = 4
+    """Steps of the optimiser in a pass."""
+    max_grad_norm: float = 1.0
+    hidden_sizes: tuple[int, ...] = (128, 128)
+    """Of the policy and of the value network, tanh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningTrainingConfig:
+    """How long, how wide, and how often it is looked at."""
+
+    num_env_steps: int = 2_432_000
+    """Evaluations of simulated experiments: 500 updates at 256 episodes of 19 steps."""
+    num_env_runners: int = 0
+    """Remote env runners; 0 = in the algorithm's own process (best on few cores)."""
+    num_envs: int = 256
+    """Experiments side by side in one numpy step, of each runner."""
+    num_torch_threads: int = 1
+    evaluation_interval_steps: int = 243_200
+    """Env steps between validations, checkpoints and progress lines."""
+    num_validation_experiments: int = 256
+    """Simulated experiments of the validation, the same in every validation and for all seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrystFELRunConfig:
+    """``kind: crystfel``: train a policy that tunes the analysis of an SFX experiment."""
+
+    kind: Literal["crystfel"] = "crystfel"
+    seed: int = 0
+    env: TuningConfig = field(default_factory=TuningConfig)
+    experiments: ExperimentsConfig = field(default_factory=ExperimentsConfig)
+    algorithm: TuningAlgorithmConfig = field(default_factory=TuningAlgorithmConfig)
+    training: TuningTrainingConfig = field(default_factory=TuningTrainingConfig)
+
+
+RunConfig = NavigationRunConfig | PerceptionRunConfig | SSL2RLRunConfig | CrystFELRunConfig
 KINDS: dict[str, type[RunConfig]] = {
     "navigation": NavigationRunConfig,
     "perception": PerceptionRunConfig,
     "ssl2rl": SSL2RLRunConfig,
+    "crystfel": CrystFELRunConfig,
 }
 """The class of each ``kind``."""
 SYNTHETIC_THRESHOLD_A = 6.0
 """Å; what synthetic sessions, and the calibrations that an import stores, call low-CTF."""
-_COMING = ("crystfel",)
 _MAX_BYTES = 2**20
 
 
@@ -511,10 +577,6 @@ def load_config(
 def from_dict(values: dict[str, Any], source: str = "config") -> RunConfig:
     """The checked config of plain values, the inverse of ``to_dict``; raises ConfigError."""
     kind = values.get("kind", "navigation")
-    if kind in _COMING:
-        raise ConfigError(
-            [f"kind: {kind!r} is not in this version; it has {_words(KINDS)}"], source
-        )
     if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError([f"kind: expected {_words(KINDS)}, found {_show(kind)}"], source)
     problems: list[str] = []
@@ -688,7 +750,13 @@ def build(cls: type[Any], values: Any, path: str, problems: list[str]) -> Any:
                 found[key] = _convert(hints[key], value)
             except _WrongType as wrong:
                 problems.append(f"{where}: expected {wrong}, found {_show(value)}")
-    return cls(**found) if len(problems) == before else None
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**found)
+    except ValueError as error:  # of a class that checks itself; it names the field
+        problems.append(_join(path, str(error)))
+        return None
 
 
 def _convert(hint: Any, value: Any) -> Any:
@@ -767,6 +835,8 @@ def _problems(config: RunConfig) -> Iterator[str]:
         yield from _ssl2rl_problems(config)
     elif isinstance(config, PerceptionRunConfig):
         yield from _perception_problems(config)
+    elif isinstance(config, CrystFELRunConfig):
+        yield from _crystfel_problems(config)
     else:
         yield from _navigation_problems(config)
 
@@ -937,6 +1007,15 @@ def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
         yield "algorithm.learning_starts: is not below training.num_env_steps; it would never learn"
 
 
+def _crystfel_problems(config: CrystFELRunConfig) -> Iterator[str]:
+    algorithm, training = config.algorithm, config.training
+    if algorithm.final_learning_rate > algorithm.learning_rate:
+        yield "algorithm.final_learning_rate: is above algorithm.learning_rate, from which it falls"
+    num_rows = config.env.num_steps * training.num_envs
+    if algorithm.num_minibatches > num_rows:
+        yield f"algorithm.num_minibatches: an update has only {num_rows} env steps"
+
+
 def _perception_problems(config: PerceptionRunConfig) -> Iterator[str]:
     data, training, compute = config.data, config.training, config.compute
     if config.classifier.network == "head":
@@ -1041,6 +1120,25 @@ _ABOVE_ZERO: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "compute": ("num_torch_threads",),
     },
+    "crystfel": {
+        "experiments": ("pool_size",),
+        "algorithm": (
+            "learning_rate",
+            "discount",
+            "clip",
+            "num_epochs",
+            "num_minibatches",
+            "max_grad_norm",
+            "hidden_sizes",
+        ),
+        "training": (
+            "num_env_steps",
+            "num_envs",
+            "num_torch_threads",
+            "evaluation_interval_steps",
+            "num_validation_experiments",
+        ),
+    },
     "ssl2rl": {
         "loop": (
             "num_rollouts",
@@ -1081,6 +1179,10 @@ _ZERO_OR_MORE: dict[str, dict[str, tuple[str, ...]]] = {
         "compute": ("num_workers",),
     },
     "ssl2rl": {"loop": ("num_rounds", "exploration")},
+    "crystfel": {
+        "algorithm": ("final_learning_rate", "entropy_weight", "value_weight", "trace_decay"),
+        "training": ("num_env_runners",),
+    },
 }
 _AT_MOST_ONE: dict[str, dict[str, tuple[str, ...]]] = {
     "navigation": {
@@ -1098,6 +1200,7 @@ _AT_MOST_ONE: dict[str, dict[str, tuple[str, ...]]] = {
         "data": ("labelled_fraction", "validation_labelled_fraction"),
     },
     "ssl2rl": {},
+    "crystfel": {"algorithm": ("discount", "trace_decay")},
 }
 
 
@@ -1115,10 +1218,12 @@ def _out_of_range(config: RunConfig) -> Iterator[str]:
                     yield f"{section}.{name}: must be {rule}, found {_plain(value)}"
     if not 0 <= config.seed < 2**32:
         yield f"seed: must be 0 or more and below 2**32, found {config.seed}"
-    if not isinstance(config, NavigationRunConfig):
+    if not isinstance(config, NavigationRunConfig | CrystFELRunConfig):
         return
     if not config.algorithm.hidden_sizes:
         yield "algorithm.hidden_sizes: expected at least one layer"
+    if not isinstance(config, NavigationRunConfig):
+        return
     for name in ("train", "validation", "validation_grids"):
         values = getattr(config.data, name)
         if "" in values or len(set(values)) < len(values):
@@ -1153,11 +1258,17 @@ def _comment(text: str, pad: str) -> list[str]:
     return textwrap.wrap(text, 100, initial_indent=prefix, subsequent_indent=prefix)
 
 
+def _parsed(cls: type[Any]) -> list[ast.stmt]:
+    """A class that is configured here and documented where it lives."""
+    return ast.parse(inspect.getsource(cls)).body
+
+
 @cache
 def _docs() -> dict[str, dict[str, str]]:
     """Of each class here: its docstring under "", and of each field the string below it."""
     docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(sys.modules[__name__])).body:
+    here = inspect.getsource(sys.modules[__name__])
+    for node in [*_parsed(TuningConfig), *ast.parse(here).body]:
         if not isinstance(node, ast.ClassDef):
             continue
         bases = (docs.get(base.id, {}) for base in node.bases if isinstance(base, ast.Name))

@@ -71,10 +71,17 @@ def _ssl2rl() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return data_hashes, ssl2rl
 
 
+def _crystfel() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from ssl2rl_ray.tuning.train import data_hashes, train
+
+    return data_hashes, train
+
+
 KINDS: dict[str, Callable[[], tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "navigation": _navigation,
     "perception": _perception,
     "ssl2rl": _ssl2rl,
+    "crystfel": _crystfel,
 }
 """Of each ``kind``: imports and returns ``data_hashes`` and ``train``."""
 

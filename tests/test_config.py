@@ -135,8 +135,9 @@ def test_navigation_config_is_the_preset_with_changes() -> None:
             ["env.minutes: expected a list of 4 (a finite number each) or null, found a list"],
         ),
         ("env: {preset: cryrl}", ["env.preset: expected one of paper, cryorl, leginon-2021"]),
-        ("kind: crystfel", ["kind: 'crystfel' is not in this version"]),
-        ("kind: [1]", ["kind: expected navigation, perception, ssl2rl, found a list [1]"]),
+        ("kind: crystfel\nenv: {num_steps: 0}", ["env.num_steps: must be 1 or more, found 0"]),
+        ("kind: crystfel\nenv: {tunables: [snr]}", ["env.tunables: 'snr' cannot be tuned; there are min"]),
+        ("kind: [1]", ["kind: expected navigation, perception, ssl2rl, crystfel, found a list"]),
         ("algorithm: {name: ppo}", ["algorithm.name: expected one of dqn, found text 'ppo'"]),
         (
             "seed: x\nenv: {budget: 1}\nzzzzzz: 1",

@@ -343,8 +343,12 @@ def action_space(config: TuningConfig) -> gym.Space[Any]:
 
 def observation_space(config: TuningConfig) -> spaces.Box:
     """Of one episode."""
-    num = 2 * (len(config.tunables) + len(FREE_OUTPUTS)) + 2
-    return spaces.Box(-_BOUND, _BOUND, (num,), np.float32)
+    return spaces.Box(-_BOUND, _BOUND, (num_features(config),), np.float32)
+
+
+def num_features(config: TuningConfig) -> int:
+    """F."""
+    return 2 * (len(config.tunables) + len(FREE_OUTPUTS)) + 2
 
 
 class CrystFELTuningEnv(gym.Env[np.ndarray, Any]):

@@ -128,8 +128,8 @@ class Experiments:
     """Real peaks fall with the effective SNR by this power."""
     log_peaks_needed: FloatArray
     """Real peaks with which half of the frames index."""
-    adu_per_snr: FloatArray
-    """Threshold that is as strict as SNR 1, near SNR 7.5."""
+    log_adu_per_snr: FloatArray
+    """Threshold (ADU) that is as strict as SNR 1, near SNR 7.5."""
     pixel_loss: FloatArray
     """Log of real peaks lost for each pixel beyond 2 that ``min_pix_count`` asks for."""
     pixel_saturation: FloatArray
@@ -144,7 +144,11 @@ class Experiments:
     junk_pixel_loss: FloatArray
     """Log of junk lost for each pixel beyond 2."""
     log_blobs: FloatArray
-    """Spurious peaks that no SNR removes."""
+    """Spurious peaks that no parameter removes."""
+    log_specks: FloatArray
+    """Dim spots where the background is near 0: of high SNR, they fall with the threshold only."""
+    log_specks_adu: FloatArray
+    """Threshold (ADU) at which a share 1/e of them is left."""
     log_junk_tolerance: FloatArray
     """Junk peaks for each real one at which half of the frames fail."""
     log_tolerance_sd: FloatArray
@@ -206,7 +210,7 @@ def nominal_experiment() -> Experiments:
         "log_peaks_sd": 0.95,
         "peaks_power": 1.08,
         "log_peaks_needed": np.log(26.0),
-        "adu_per_snr": 8.0,
+        "log_adu_per_snr": np.log(8.0),
         "pixel_loss": 0.27,
         "pixel_saturation": 2.0,
         "log_junk": np.log(100.0),
@@ -215,6 +219,8 @@ def nominal_experiment() -> Experiments:
         "log_flicker": 7.5,
         "junk_pixel_loss": 1.2,
         "log_blobs": np.log(3.0),
+        "log_specks": -5.0,
+        "log_specks_adu": np.log(10.0),
         "log_junk_tolerance": np.log(1.1),
         "log_tolerance_sd": 0.6,
         "clen_window_percent": 3.13,
@@ -243,19 +249,21 @@ def nominal_experiment() -> Experiments:
 _RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     # name: uniform between (normal), (harder)
     "crystal_share": ((0.40, 0.95), (0.15, 0.70)),
-    "log_peaks": ((3.1, 4.1), (2.6, 3.9)),
+    "log_peaks": ((2.9, 4.4), (2.6, 4.2)),
     "log_peaks_sd": ((0.7, 1.15), (0.5, 1.3)),
     "peaks_power": ((0.85, 1.35), (0.7, 2.0)),
     "log_peaks_needed": ((2.8, 3.4), (2.6, 3.6)),
-    "adu_per_snr": ((5.0, 14.0), (2.0, 30.0)),
+    "log_adu_per_snr": ((0.5, 3.0), (0.2, 3.6)),
     "pixel_loss": ((0.18, 0.40), (0.10, 0.60)),
-    "pixel_saturation": ((1.5, 2.5), (1.0, 4.0)),
-    "log_junk": ((3.6, 5.2), (2.5, 6.5)),
-    "junk_fall": ((0.8, 1.3), (0.2, 1.0)),
+    "pixel_saturation": ((1.2, 4.0), (1.0, 5.0)),
+    "log_junk": ((3.4, 6.5), (2.5, 8.0)),
+    "junk_fall": ((0.35, 1.3), (0.1, 0.6)),
     "log_junk_sd": ((0.25, 0.6), (0.2, 1.0)),
     "log_flicker": ((4.0, 8.0), (0.0, 6.0)),
-    "junk_pixel_loss": ((0.7, 1.5), (0.2, 1.5)),
-    "log_blobs": ((0.0, 1.8), (0.0, 2.8)),
+    "junk_pixel_loss": ((0.5, 1.5), (0.2, 1.5)),
+    "log_blobs": ((0.0, 2.0), (0.0, 2.8)),
+    "log_specks": ((-1.0, 5.0), (0.0, 6.0)),
+    "log_specks_adu": ((1.6, 3.6), (1.0, 4.2)),
     "log_junk_tolerance": ((-0.3, 0.5), (-0.9, 0.4)),
     "log_tolerance_sd": ((0.45, 0.85), (0.4, 1.2)),
     "clen_window_percent": ((2.4, 3.6), (1.5, 3.0)),
@@ -393,7 +401,10 @@ def respond(experiments: Experiments, sample: Sample, values: FloatArray) -> Bat
     real = column(log_real) + column(e.log_peaks_sd) * latent[_STRENGTH]
     real += column(np.sqrt(2) * e.chaos) * wander
     junk = np.exp(column(log_junk) + column(e.log_junk_sd) * latent[_JUNK])
-    junk += np.exp(column(e.log_blobs))
+    junk += column(
+        np.exp(e.log_blobs)
+        + np.exp(e.log_specks - values[:, _THRESHOLD] / np.exp(e.log_specks_adu))
+    )
     has_crystal = sample.crystal < column(e.crystal_share)
     real_peaks = np.exp(np.minimum(real, 7.0)) * has_crystal
     num_peaks = np.rint(real_peaks + junk).astype(np.int32)
@@ -447,7 +458,9 @@ def respond(experiments: Experiments, sample: Sample, values: FloatArray) -> Bat
 def effective_snr(experiments: Experiments, values: FloatArray) -> FloatArray:
     """(E,) the SNR that is as strict as SNR and threshold together."""
     by_threshold = (
-        7.5 * (np.maximum(values[:, _THRESHOLD], 0) / (7.5 * experiments.adu_per_snr)) ** 0.8
+        7.5
+        * (np.maximum(values[:, _THRESHOLD], 0) / (7.5 * np.exp(experiments.log_adu_per_snr)))
+        ** 0.8
     )
     return (values[:, _SNR] ** 6 + by_threshold**6) ** (1 / 6)
 
@@ -455,8 +468,9 @@ def effective_snr(experiments: Experiments, values: FloatArray) -> FloatArray:
 # ---- what is true of them ------------------------------------------------------------------------
 
 _TRUTH_SEED, _NUM_TRUTH_FRAMES = 8128, 1500
-_GRID_SNR = (3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0)
-_GRID_PIXELS = (1, 2, 3, 4)
+_GRID_SNR = (3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.5, 10.0)
+_GRID_PIXELS = (2, 3, 4, 6)
+_GRID_THRESHOLD = (0.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 
 
 def true_fraction(
@@ -478,24 +492,26 @@ def true_fraction(
     return np.concatenate(parts)
 
 
-def best_fraction(experiments: Experiments, num_frames: int = 300) -> FloatArray:
+def best_fraction(experiments: Experiments, num_frames: int = 200) -> FloatArray:
     """(E,) the highest true fraction of an exhaustive grid at the right geometry.
 
-    SNR x pixels without threshold and min_peaks: a threshold does nothing that the SNR cannot, and
-    min_peaks can only lose.
+    SNR x threshold x pixels without min_peaks, which can only lose.
     """
     best = np.zeros(len(experiments))
     for snr in _GRID_SNR:
         for pixels in _GRID_PIXELS:
-            values = at_optimum(experiments, snr, pixels)
-            best = np.maximum(best, true_fraction(experiments, values, num_frames))
+            for threshold in _GRID_THRESHOLD:
+                values = at_optimum(experiments, snr, threshold, pixels)
+                best = np.maximum(best, true_fraction(experiments, values, num_frames))
     return best
 
 
-def at_optimum(experiments: Experiments, snr: float = 5.0, pixels: int = 2) -> FloatArray:
-    """(E, K) the right geometry with these peak-finding parameters."""
+def at_optimum(
+    experiments: Experiments, snr: float = 5.0, threshold: float = 20.0, pixels: int = 2
+) -> FloatArray:
+    """(E, K) the right geometry with these peak-finding parameters, as far as bounds allow."""
     values = np.zeros((len(experiments), len(TUNABLES)))
-    values[:, _SNR], values[:, _PIXELS] = snr, pixels
+    values[:, _SNR], values[:, _THRESHOLD], values[:, _PIXELS] = snr, threshold, pixels
     values[:, _CLEN] = np.clip(experiments.optimum_clen_percent, _LOW[_CLEN], _HIGH[_CLEN])
     values[:, _X:] = np.clip(experiments.optimum_centre_px, _LOW[_X:], _HIGH[_X:])
     return values

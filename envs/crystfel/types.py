@@ -404,7 +404,10 @@ class TuningConfig:
     def __post_init__(self) -> None:
         """Raises ValueError, or ParameterError for the tunables, with the field's name."""
         object.__setattr__(self, "tunables", tuple(self.tunables))
-        tunables(self.tunables)
+        try:
+            tunables(self.tunables)
+        except ParameterError as error:
+            raise ParameterError(f"tunables: {error}") from None
         for name in ("num_frames", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be 1 or more, found {getattr(self, name)}")

@@ -1,0 +1,176 @@
+"""A trained tuning policy that acts with torch alone: two files, no Ray, no pickle.
+
+policy.safetensors   the weights of the policy network
+policy.json          what they expect: rules, columns of an observation, layers
+
+Shape letters: E experiments, F observation, K parameters that are tuned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from envs.crystfel.env import FREE_OUTPUTS, Outcome, Progress, num_features
+from envs.crystfel.rivals import Make, Trial
+from envs.crystfel.types import FloatArray, TuningConfig
+
+FORMAT = "ssl2rl-tuning-policy"
+FORMAT_VERSION = 1
+
+
+class PolicyError(ValueError):
+    """A folder is not a tuning policy that this program can use; the message says why."""
+
+
+def num_actions(config: TuningConfig) -> int:
+    """Outputs of the policy network: K means, or a score of each discrete action."""
+    num = len(config.tunables)
+    return num if config.action == "continuous" else 2 * num + 1
+
+
+def make_network(config: TuningConfig, hidden_sizes: tuple[int, ...]) -> nn.Sequential:
+    """(E, F) -> (E, ``num_actions``), tanh between the layers."""
+    sizes = (num_features(config), *hidden_sizes)
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(sizes):
+        layers += [nn.Linear(before, after), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_actions(config)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TuningPolicy:
+    """The greedy policy: the mean action, or the one of the highest score."""
+
+    network: nn.Sequential
+    config: TuningConfig
+    """The rules that it was trained under."""
+    hidden_sizes: tuple[int, ...]
+    name: str = "ppo"
+
+    @classmethod
+    def of(
+        cls,
+        weights: Mapping[str, Tensor],
+        config: TuningConfig,
+        hidden_sizes: tuple[int, ...],
+        name: str = "ppo",
+    ) -> Self:
+        """From the weights of ``make_network``; raises PolicyError where they do not fit."""
+        network = make_network(config, hidden_sizes)
+        try:
+            network.load_state_dict(dict(weights))
+        except RuntimeError as error:
+            raise PolicyError(f"policy {name}: weights and description differ: {error}") from error
+        network.eval().requires_grad_(False)
+        return cls(network=network, config=config, hidden_sizes=hidden_sizes, name=name)
+
+    @torch.no_grad()
+    def act(self, observation: FloatArray) -> FloatArray:
+        """(E, K) actions, or (E,) discrete ones, of (E, F) observations."""
+        output = self.network(torch.as_tensor(observation, dtype=torch.float32)).numpy()
+        return output if self.config.action == "continuous" else output.argmax(1)
+
+    def save(self, folder: Path) -> None:
+        """Writes both files; the folder exists."""
+        weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
+        # not `save_file`: it makes a file that nobody but its owner may read
+        (folder / "policy.safetensors").write_bytes(save(weights))
+        description = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "config": dataclasses.asdict(self.config),
+            "free_outputs": list(FREE_OUTPUTS),
+            "hidden_sizes": list(self.hidden_sizes),
+            "num_parameters": sum(value.numel() for value in weights.values()),
+        }
+        (folder / "policy.json").write_text(json.dumps(description, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Reads both files, of an exported folder or of a run; raises PolicyError otherwise."""
+        path = Path(folder)
+        if (path / "policy" / "policy.json").is_file():
+            path = path / "policy"
+        try:
+            description: dict[str, Any] = dict(json.loads((path / "policy.json").read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise PolicyError(
+                f"{path} is not an exported policy ({error}): give a run of kind crystfel or its "
+                "`policy` folder"
+            ) from error
+        version = description.get("format_version", 0)
+        is_known = isinstance(version, int) and version <= FORMAT_VERSION
+        if description.get("format") != FORMAT or not is_known:
+            raise PolicyError(
+                f"{path}: format {description.get('format')!r} version {version}; this program "
+                f"reads {FORMAT!r} up to {FORMAT_VERSION}: update ssl2rl-ray"
+            )
+        if description.get("free_outputs") != list(FREE_OUTPUTS):
+            raise PolicyError(
+                f"{path}: the policy learned from other outputs than this version of ssl2rl-ray "
+                "observes: train it again, or use the version that trained it"
+            )
+        try:
+            rules: dict[str, Any] = dict(description["config"])
+            rules["tunables"] = tuple(rules["tunables"])
+            return cls.of(
+                load_file(path / "policy.safetensors"),
+                TuningConfig(**rules),
+                tuple(description["hidden_sizes"]),
+                description["name"],
+            )
+        except PolicyError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise PolicyError(f"{path}: the policy is damaged: {error}") from error
+
+    def check_tunes(self, config: TuningConfig) -> None:
+        """Raises PolicyError where these rules tune other parameters than it learned to."""
+        if config.tunables != self.config.tunables:
+            raise PolicyError(
+                f"policy {self.name} tunes {', '.join(self.config.tunables)}, and "
+                f"{', '.join(config.tunables)} are asked for"
+            )
+
+    @property
+    def make(self) -> Make:
+        """The policy behind the rivals' shape."""
+
+        def make(
+            config: TuningConfig, start: FloatArray, outcome: Outcome, rng: np.random.Generator
+        ) -> PolicyOptimiser:
+            self.check_tunes(config)
+            return PolicyOptimiser(self, start, outcome)
+
+        return make
+
+
+class PolicyOptimiser:
+    """``rivals.Optimiser``: asks the policy; after its T steps, T more from the best."""
+
+    def __init__(self, policy: TuningPolicy, start: FloatArray, outcome: Outcome) -> None:
+        """Use ``TuningPolicy.make``."""
+        self.policy = policy
+        self.progress = Progress(policy.config, start, outcome)
+
+    def ask(self) -> FloatArray:
+        """(E, K) units."""
+        return self.progress.propose(self.policy.act(self.progress.observation()))
+
+    def tell(self, trial: Trial) -> None:
+        """Keeps the best."""
+        self.progress.update(trial.unit, trial.outcome, trial.gain)
