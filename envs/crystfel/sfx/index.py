@@ -36,8 +36,8 @@ MIN_EXPLAINED = 0.5
 """Share of the peaks within ``EXPLAINED_WITHIN`` of the lattice."""
 EXPLAINED_WITHIN = 0.25
 """Of a lattice spacing, along each axis."""
-MAX_LOG10_P = -2.0
-"""Of the whole lattice: a false one in 100 blank hits where all assumptions hold."""
+MAX_LOG10_P = -4.0
+"""Of the whole lattice: one in 10 000 blank hits, were peaks to lie anywhere."""
 MAX_LOG10_P_AXIS = -3.0
 """Of each axis, given the other two."""
 

@@ -145,12 +145,14 @@ def find_peaks(image: NDArray[Any], pixels: PixelMap, parameters: Parameters) ->
         raise ValueError(f"the image is {image.shape}, and the geometry is of {pixels.shape}")
     flat = np.ascontiguousarray(image).ravel()
     x = np.take(flat, pixels.order, mode="clip").astype(np.float32, copy=False)
+    if image.dtype.kind == "f":
+        x[~np.isfinite(x)] = np.nan
     mean, high, bright = _rings(x, pixels, parameters)
     peak, bright = _components(bright, pixels, parameters)
     if not len(bright):
         return Peaks.from_array(np.zeros((0, 4), dtype=np.float32))
     spot, value = pixels.order[bright], x[bright].astype(np.float64)
-    excess = np.maximum(value - mean[pixels.ring[bright]], 0.0)
+    excess = np.maximum(value - mean[pixels.ring[bright]], 1e-9)
     row, column = np.divmod(spot, pixels.shape[1])
     weight = np.bincount(peak, excess)
     ss = np.bincount(peak, excess * row) / weight
