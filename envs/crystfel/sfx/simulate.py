@@ -77,9 +77,9 @@ class Preset:
     photon_energy_eV: float = 9300.0
     photon_energy_jitter: float = 0.0015
     """Standard deviation between shots, of the energy."""
-    adu_per_photon: float = 5.0
+    adu_per_photon: float = 2.0
     read_noise_photons: float = 0.3
-    charge_sharing: float = 0.25
+    charge_sharing: float = 0.4
     """Amplitude of noise that a pixel gives to its neighbours: why noise makes peaks of two px."""
     gain_error: float = 0.02
     dead_pixels: float = 0.0005
@@ -89,7 +89,7 @@ class Preset:
     cell: UnitCell = LYSOZYME
     hit_rate: float = 0.7
     second_crystal_rate: float = 0.04
-    scale_photons: float = 60.0
+    scale_photons: float = 125.0
     """Of a full reflection of mean intensity at low resolution, in the median crystal."""
     scale_sigma: float = 0.9
     """Standard deviation of the logarithm of a crystal's scale."""
@@ -100,19 +100,23 @@ class Preset:
     bandwidth: float = 0.002
     spot_sigma_px: float = 0.62
     # background
-    background_photons: float = 1.6
-    ring_photons: float = 1.2
+    background_photons: float = 12.0
+    ring_photons: float = 9.0
     """At the maximum of the solvent ring, 3.3 Å."""
     background_sigma: float = 0.25
     """Standard deviation of the logarithm of a frame's background."""
     # junk
-    num_flickering: float = 600.0
+    num_flickering: float = 1000.0
     """Single pixels with a signal of their own, in the mean frame."""
-    flicker_photons: float = 8.0
+    flicker_photons: float = 12.0
     """Mean of their exponential distribution."""
-    num_blobs: float = 150.0
-    """Faint blobs in the mean frame."""
-    blob_photons: float = 5.0
+    num_grains: float = 60000.0
+    """Faint grains of the background (scattering of solvent and jet) in the mean frame."""
+    grain_strength: float = 2.5
+    """Of a grain's brightest pixel, in standard deviations of the noise around it."""
+    num_blobs: float = 8.0
+    """Bright blobs that are no reflections, in the mean frame."""
+    blob_photons: float = 20.0
     """Mean of the exponential distribution of what a blob holds."""
     blob_sigma_px: float = 0.6
     # what the user has wrong, and what changes during the run
@@ -130,25 +134,27 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "clean": Preset(
         hit_rate=0.9,
-        scale_photons=250.0,
+        scale_photons=400.0,
         scale_sigma=0.5,
-        background_photons=0.6,
-        ring_photons=0.4,
+        background_photons=4.0,
+        ring_photons=2.0,
+        num_grains=5000.0,
         num_flickering=50.0,
-        num_blobs=5.0,
+        num_blobs=1.0,
     ),
     "lysozyme": Preset(),
-    "weak": Preset(scale_photons=35.0, hit_rate=0.5),
+    "weak": Preset(scale_photons=70.0, hit_rate=0.5),
     "hard": Preset(
-        scale_photons=40.0,
-        scale_sigma=1.1,
-        hit_rate=0.35,
+        hit_rate=0.4,
         second_crystal_rate=0.15,
-        background_photons=3.0,
-        ring_photons=2.5,
+        scale_photons=120.0,
+        scale_sigma=1.1,
+        background_photons=18.0,
+        ring_photons=16.0,
         background_sigma=0.5,
-        num_flickering=1500.0,
-        num_blobs=400.0,
+        grain_strength=2.8,
+        num_flickering=2000.0,
+        num_blobs=20.0,
         gain_error=0.05,
         clen_error_percent=2.5,
         centre_error_px=(1.5, -1.0),
@@ -186,6 +192,9 @@ class World:
     """(R, C)"""
     dead: BoolArray
     """(R, C) what the mask of the files says."""
+    grains: NDArray[np.float32]
+    """(R, C) faint grains of the background in standard deviations of the noise; shifted at random
+    from frame to frame."""
     hkl: IntArray
     """(H, 3) without the absent ones."""
     intensity: FloatArray
@@ -212,6 +221,7 @@ def make_world(preset: Preset, seed: int) -> World:
         gain=(preset.adu_per_photon * np.maximum(gain, 0.1)).astype(np.float32),
         good=good,
         dead=dead,
+        grains=_grains(preset, geometry.shape, rng),
         hkl=hkl,
         intensity=_intensities(preset, hkl, rng),
     )
@@ -296,6 +306,22 @@ def _background(preset: Preset, geometry: Geometry) -> NDArray[np.float32]:
     ring = preset.ring_photons * np.exp(-(((s - 0.30) / 0.05) ** 2) / 2)
     polarisation_and_angle = cosine**3  # solid angle of a flat pixel
     return np.nan_to_num((air + ring) * polarisation_and_angle).astype(np.float32)
+
+
+def _grains(
+    preset: Preset, shape: tuple[int, int], rng: np.random.Generator
+) -> NDArray[np.float32]:
+    n = rng.poisson(preset.num_grains)
+    grains = np.zeros(shape, dtype=np.float32)
+    fs, ss = rng.random(n) * shape[1], rng.random(n) * shape[0]
+    total = np.full(n, preset.grain_strength / _in_brightest(preset.blob_sigma_px))
+    _add_spots(grains, None, fs, ss, None, total, preset.blob_sigma_px)
+    return grains
+
+
+def _in_brightest(sigma_px: float) -> float:
+    """Share of a Gaussian spot in the pixel that it is centred on."""
+    return float(2 * ndtr(0.5 / sigma_px) - 1) ** 2
 
 
 def _reflections(preset: Preset) -> IntArray:
@@ -435,17 +461,17 @@ def _spots(
 
 def _add_spots(
     photons: NDArray[np.float32],
-    geometry: Geometry,
+    geometry: Geometry | None,
     fs: FloatArray,
     ss: FloatArray,
-    panel: IntArray,
+    panel: IntArray | None,
     total: FloatArray,
     sigma_px: float,
 ) -> None:
     """Adds Gaussian spots, integrated over the pixels; what falls beyond the panel is lost."""
     if not len(fs):
         return
-    half = max(math.ceil(4 * sigma_px), 2)
+    half = max(math.ceil(3 * sigma_px), 2)
     offsets = np.arange(-half, half + 1)
     columns = np.floor(fs).astype(int)[:, None] + offsets
     rows = np.floor(ss).astype(int)[:, None] + offsets
@@ -458,24 +484,25 @@ def _add_spots(
     r, c = np.broadcast_arrays(rows[:, :, None], columns[:, None, :])
     inside = (r >= 0) & (c >= 0) & (r < photons.shape[0]) & (c < photons.shape[1])
     at = np.where(inside, r * photons.shape[1] + c, 0)
-    inside &= geometry.panel_index.ravel()[at] == panel[:, None, None]
+    if geometry is not None and panel is not None:
+        inside &= geometry.panel_index.ravel()[at] == panel[:, None, None]
     np.add.at(photons.ravel(), at[inside], values[inside].astype(np.float32))
 
 
 def _add_blobs(photons: NDArray[np.float32], world: World, rng: np.random.Generator) -> None:
-    preset = world.preset
+    preset, geometry = world.preset, world.geometry
     n = rng.poisson(preset.num_blobs)
     fs, ss = rng.random(n) * photons.shape[1], rng.random(n) * photons.shape[0]
     total = rng.exponential(preset.blob_photons, n)
-    panel = world.geometry.panel_index[ss.astype(int), fs.astype(int)]
+    panel = geometry.panel_index[ss.astype(int), fs.astype(int)]
     on = panel >= 0
-    _add_spots(photons, world.geometry, fs[on], ss[on], panel[on], total[on], preset.blob_sigma_px)
+    _add_spots(photons, geometry, fs[on], ss[on], panel[on], total[on], preset.blob_sigma_px)
 
 
 def _detected(
     photons: NDArray[np.float32], world: World, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """ADU with noise of the third-order Cornish-Fisher kind; works in place where it can."""
+    """ADU with noise of the third-order Cornish-Fisher kind; in place where it can be."""
     preset, share = world.preset, np.float32(world.preset.charge_sharing)
     z = rng.standard_normal(photons.shape, dtype=np.float32)
     if share:
@@ -484,15 +511,18 @@ def _detected(
         shared[1:] += share * z[:-1]
         z = shared
         z *= np.float32(1 / math.sqrt(1 + 2 * share**2))
-    spread = photons + np.float32(preset.read_noise_photons**2)
-    np.sqrt(spread, out=spread)
-    spread += z * np.float32(1 / 6)  # skewness 1 / sqrt(mean): sqrt(mean) (z^2 - 1) / 6 of it
-    spread *= z
-    spread += photons
-    spread -= np.float32(1 / 6)
-    spread *= world.gain
-    spread[~world.good] = 0
-    return spread
+    adu = photons + np.float32(preset.read_noise_photons**2)
+    np.sqrt(adu, out=adu)
+    skewed = z * z  # skewness 1 / sqrt(mean): sqrt(mean) (z^2 - 1) / 6 / sqrt(mean) of it
+    skewed -= 1
+    skewed *= np.float32(1 / 6)
+    z += np.roll(world.grains, rng.integers(z.size))  # over the flat array
+    adu *= z
+    adu += photons
+    adu += skewed
+    adu *= world.gain
+    adu[~world.good] = 0
+    return adu
 
 
 def _add_flickering(image: NDArray[np.float32], world: World, rng: np.random.Generator) -> None:
