@@ -822,14 +822,20 @@ def test_the_recommended_model_predicts_what_the_loop_judged(run, sample_dir, tm
         belief, model = believe(task, f_0, classifier), whole_system(task, f_0, classifier)
         logit = model.logits(task.table, dataset.images, dataset.has_image)
         assert belief.p_posterior is not None
-        # In the training squares the loop goes by their own labels alone. Where logits are very
-        # large, they are clipped before or after they are matched.
+        # Where logits are very large, they are clipped before or after they are matched.
         judged = np.concatenate([task.selection, task.test])
-        for rows, is_known in ((judged, task.is_known), (task.train, task.is_labelled)):
-            said = model.predict(task.table, logit, is_known)
-            np.testing.assert_allclose(said.p_low_ctf[rows], belief.p_posterior[rows], atol=0.01)
+        said = model.predict(task.table, logit, task.is_known)
+        np.testing.assert_allclose(said.p_low_ctf[judged], belief.p_posterior[judged], atol=0.01)
         own = dataset.has_image & ~task.is_labelled
         np.testing.assert_allclose(said.p_classifier[own], belief.p_classifier[own], atol=1e-6)
+        # The training squares teach by f_0, which has not learned there, and by their own labels.
+        assert (belief.p_posterior == believe(task, f_0, f_0).p_posterior)[task.train].all()
+    begun = model_of_run(f_0)
+    logit = begun.logits(task.table, dataset.images, dataset.has_image)
+    said = begun.predict(task.table, logit, task.is_labelled)
+    p_first = believe(task, f_0, f_0).p_posterior
+    assert p_first is not None
+    np.testing.assert_allclose(said.p_low_ctf[task.train], p_first[task.train], atol=1e-9)
     model = run / summary_of(run)["methods"]["smooth"]["recommended"]["model"]
     words = ["predict", str(model), "--data", str(sample_dir), "--out", str(tmp_path / "p.parquet")]
     assert main(words) == 0

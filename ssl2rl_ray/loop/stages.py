@@ -207,7 +207,7 @@ class Belief:
     """Of the hole's image alone, over f_0's temperature."""
     p_posterior: FloatArray | None
     """Of classifier and neighbours with the known labels, a hole's own left out; in the training
-    squares with the labels of the training squares only."""
+    squares of f_0 and the labels of the training squares only."""
     p_blind: FloatArray | None
     """The same without labels in validation squares."""
     effects: Effects
@@ -277,7 +277,8 @@ def believe(task: Task, first: Path, classifier: Path) -> Belief:
 
     f_0's temperature and posterior were fitted on cross-fitted logits, which a fine-tuned
     classifier has not: its logits are brought to mean and sd of f_0's on the unlabelled training
-    holes and then trusted as f_0's are, and at labelled holes f_0's cross-fitted ones stay.
+    holes and then trusted as f_0's are, and at labelled holes f_0's cross-fitted ones stay. The
+    posterior of the training squares is f_0's in every round: f_k has learned from labels there.
     """
     begun = _model_of(task, first)
     begun_logit = raw = _logits(task, begun)
@@ -311,9 +312,11 @@ def belief_of(task: Task, begun: Model | Head, begun_logit: FloatArray, raw: Flo
     unfitted = np.where(is_fitted, begun_logit, raw)
     p_blind = begun.posterior.predict(task.table, matched, is_low, is_blind)
     p_posterior = begun.posterior.predict(task.table, matched, is_low, is_known)
-    # Labels known in validation squares stand for a session under way there: what is learned from
-    # in the training squares has those of the training squares only, as every other method.
-    p_posterior[task.train] = p_blind[task.train]
+    # What is learned from in the training squares has their own labels only, as every other method
+    # (those known in validation squares stand for a session under way there), and f_0's logits:
+    # f_k was taught there what their groups share, and would have it counted twice, round by round.
+    own = begun.posterior.predict(task.table, begun_logit, is_low, is_blind)[task.train]
+    p_posterior[task.train] = p_blind[task.train] = own
     return Belief(
         p_classifier=expit(_filled(unfitted) / begun.temperature),
         p_posterior=p_posterior,
