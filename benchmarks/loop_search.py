@@ -146,11 +146,11 @@ def main() -> None:
     for fraction, table in sorted(found.items()):
         print(f"\n{METHOD} with {fraction:.0%} labels; f_1's test figures less {RIVAL}'s")
         for name, rows in table.items():
-            figures = (summarize([row[key] for row in rows]) for key in rows[0])
-            words = [
-                f"{key} {each.mean:{'.3f' if key == 'label AUC' else '+.3f'}} ± {each.half_width:.3f}"
-                for key, each in zip(rows[0], figures, strict=True)
-            ]
+            words = []
+            for key in rows[0]:
+                each = summarize([row[key] for row in rows])
+                sign = "" if key == "label AUC" else "+"
+                words.append(f"{key} {each.mean:{sign}.3f} ± {each.half_width:.3f}")
             print(f"  {name:<18} {'; '.join(words)}  ({len(rows)} data sets)")
 
 
