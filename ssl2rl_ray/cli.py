@@ -365,6 +365,12 @@ def _predict(args: argparse.Namespace) -> None:
     _emit(args.json, result, "\n".join(lines))
 
 
+def _sfx(args: argparse.Namespace) -> None:
+    with _Progress() as progress:
+        result, text = args.run(args, progress)
+    _emit(args.json, result, text)
+
+
 def _png(image: Any) -> bytes:
     import io
 
@@ -507,6 +513,8 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     """All commands and their options."""
+    from ssl2rl_ray.tuning.commands import add_commands
+
     root = argparse.ArgumentParser(
         prog="ssl2rl",
         description="Reinforcement learning beside the instrument: which hole to image next.",
@@ -687,6 +695,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--force", action="store_true", help="replace an earlier OUT_DIR")
     with_json(sub)
+
+    sub = commands.add_parser("sfx", help="tune the indexing of serial crystallography")
+    sfx_kinds = sub.add_subparsers(dest="sfx_command", required=True, metavar="SFX_COMMAND")
+
+    def sfx_command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = command(name, _sfx, text, sfx_kinds)
+        sub.set_defaults(run=run)
+        with_json(sub)
+        return sub
+
+    add_commands(sfx_command)
 
     sub = commands.add_parser("config", help="look at a config")
     kinds = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
