@@ -472,8 +472,8 @@ _OF_EVERY_STAGE = (
 class ExperimentsConfig:
     """The simulated experiments that an agent is trained on (domain randomisation)."""
 
-    kind: Literal["normal", "harder"] = "normal"
-    """See ``envs.crystfel.surrogate.draw_experiments``; ``harder`` is kept for tests."""
+    kind: Literal["normal", "wide"] = "wide"
+    """See ``envs.crystfel.surrogate.draw_experiments``; validation is on ``normal`` ones."""
     pool_size: int = 4096
     """Responses that differ; each episode gives one another start, geometry error and frames."""
 

@@ -33,8 +33,8 @@ from envs.crystfel.types import (
     UnitCell,
 )
 
-Kind = Literal["normal", "harder"]
-KINDS: tuple[Kind, ...] = ("normal", "harder")
+Kind = Literal["normal", "wide", "harder"]
+KINDS: tuple[Kind, ...] = ("normal", "wide", "harder")
 
 LYSOZYME = UnitCell(a_A=79.2, b_A=79.2, c_A=38.0, lattice_type="tetragonal", unique_axis="c")
 _SNR, _THRESHOLD, _PIXELS, _PEAKS, _CLEN, _X, _Y = range(len(TUNABLES))
@@ -175,7 +175,7 @@ class Experiments:
     """Of one crystal."""
     residual_px: FloatArray
     chaos: FloatArray
-    """Sd (log peaks) of what a change of parameters does to a frame for no reason."""
+    """Size (log peaks) of what a change of parameters does to a frame for no reason."""
     cpu_frame_s: FloatArray
     cpu_hit_s: FloatArray
     cpu_peak_s: FloatArray
@@ -284,11 +284,15 @@ _RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "cpu_peak_s": ((0.0002, 0.0004), (0.0001, 0.0008)),
     "optimum_clen_percent": ((-3.5, 3.5), (-4.5, 4.5)),
 }
-_CENTRE_PX = {"normal": 3.0, "harder": 4.0}
+WIDER = 0.25
+"""Of a range's width, added on both sides."""
+_POSSIBLE = {"crystal_share": (0.05, 0.98), "pixel_saturation": (1.0, 8.0)}
+_CENTRE_PX = {"normal": 3.0, "wide": 4.5, "harder": 4.0}
 """The centre's error is uniform in a disc of this radius."""
 _STARTS: dict[Kind, tuple[tuple[float, float], ...]] = {
     # (SNR, threshold in ADU, pixels, peaks): uniform between, but log-uniform SNR
     "normal": ((3.6, 9.5), (0.0, 100.0), (2, 5), (0, 45)),
+    "wide": ((3.2, 11.5), (0.0, 160.0), (1, 6), (0, 60)),
     "harder": ((3.2, 11.5), (0.0, 160.0), (1, 6), (0, 60)),
 }
 
@@ -296,10 +300,11 @@ _STARTS: dict[Kind, tuple[tuple[float, float], ...]] = {
 def draw_experiments(rng: np.random.Generator, kind: Kind, num_experiments: int) -> Experiments:
     """Experiments with bad starts.
 
-    ``normal`` is what to train on: response curves around the measured ones. ``harder`` is unlike
-    them: weaker crystals, long tails of junk, narrow and lopsided windows, free outputs that say
-    little, starts farther away; nothing is ever trained on it. Of neither can every experiment be
-    tuned well: those whose best setting indexes less than 5 % of the frames are drawn again.
+    ``normal``: response curves around the measured ones. ``wide``: the same ranges stretched by
+    ``WIDER`` and starts as far as users may be off; what to train on. ``harder`` is unlike both:
+    weaker crystals, long tails of junk, narrow and lopsided windows, free outputs that say little;
+    nothing is ever trained on it. Experiments whose best setting indexes less than 5 % of the
+    frames are drawn again.
 
     Raises:
         ValueError: for another kind, or less than one experiment.
@@ -315,9 +320,17 @@ def draw_experiments(rng: np.random.Generator, kind: Kind, num_experiments: int)
     return Experiments.join(found).select(slice(0, num_experiments))
 
 
+def _range(name: str, kind: Kind) -> tuple[float, float]:
+    normal, harder = _RANGES[name]
+    if kind != "wide":
+        return harder if kind == "harder" else normal
+    more = WIDER * (normal[1] - normal[0])
+    low, high = _POSSIBLE.get(name, (-np.inf, np.inf))
+    return max(normal[0] - more, low), min(normal[1] + more, high)
+
+
 def _draw(rng: np.random.Generator, kind: Kind, num: int) -> Experiments:
-    which = KINDS.index(kind)
-    values = {name: rng.uniform(*ranges[which], num) for name, ranges in _RANGES.items()}
+    values = {name: rng.uniform(*_range(name, kind), num) for name in _RANGES}
     radius, angle = _CENTRE_PX[kind] * np.sqrt(rng.random(num)), rng.uniform(0, 2 * np.pi, num)
     (snr, threshold, pixels, peaks) = _STARTS[kind]
     start = np.zeros((num, len(TUNABLES)))
@@ -371,8 +384,8 @@ class Sample:
         )
 
 
-_WANDER = np.array([1.5, 0.05, 1.2, 0.03, 0.9, 0.7, -0.8])
-"""How fast ``chaos`` changes with each parameter, rad per unit."""
+_WANDER = np.array([[1.5, 0.05, 1.2, 0, 0, 0, 0], [0, 0, 0, 0, 0.9, 0.7, -0.8]])
+"""How fast ``chaos`` of peaks, and of the indexing, changes with each parameter, rad per unit."""
 
 
 def respond(experiments: Experiments, sample: Sample, values: FloatArray) -> BatchResult:
@@ -397,9 +410,11 @@ def respond(experiments: Experiments, sample: Sample, values: FloatArray) -> Bat
     log_junk = np.minimum(log_junk, 7.5)
 
     latent = sample.normal
-    wander = np.sin(sample.phase + latent[_KAPPA] * column(values @ _WANDER))
-    real = column(log_real) + column(e.log_peaks_sd) * latent[_STRENGTH]
-    real += column(np.sqrt(2) * e.chaos) * wander
+    of_peaks, of_indexing = (
+        column(e.chaos) * np.sin(sample.phase + latent[_KAPPA] * column(values @ speed))
+        for speed in _WANDER
+    )
+    real = column(log_real) + column(e.log_peaks_sd) * latent[_STRENGTH] + of_peaks
     junk = np.exp(column(log_junk) + column(e.log_junk_sd) * latent[_JUNK])
     junk += column(
         np.exp(e.log_blobs)
@@ -417,6 +432,7 @@ def respond(experiments: Experiments, sample: Sample, values: FloatArray) -> Bat
     centre_strain = column(np.hypot(*centre_error.T) / e.centre_window_px)
     clen_strain = clen_strain * np.exp(column(-e.clen_window_sd) * latent[_CLEN_WINDOW])
     centre_strain = centre_strain * np.exp(column(-e.centre_window_sd) * latent[_CENTRE_WINDOW])
+    real += of_indexing
     is_indexed = is_hit & has_crystal
     is_indexed &= real > column(e.log_peaks_needed)
     tolerance = column(e.log_junk_tolerance) + column(e.log_tolerance_sd) * latent[_TOLERANCE]

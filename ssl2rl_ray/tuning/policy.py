@@ -29,30 +29,36 @@ from envs.crystfel.types import FloatArray, TuningConfig
 
 FORMAT = "ssl2rl-tuning-policy"
 FORMAT_VERSION = 1
+MAX_LOG_SPREAD = 4.0
+"""Logs of sds are cut off there, as in training."""
 
 
 class PolicyError(ValueError):
     """A folder is not a tuning policy that this program can use; the message says why."""
 
 
-def num_actions(config: TuningConfig) -> int:
-    """Outputs of the policy network: K means, or a score of each discrete action."""
+def num_outputs(config: TuningConfig) -> int:
+    """Outputs of the policy network: K means and K logs of sds, or a score of each action."""
     num = len(config.tunables)
-    return num if config.action == "continuous" else 2 * num + 1
+    return 2 * num if config.action == "continuous" else 2 * num + 1
 
 
 def make_network(config: TuningConfig, hidden_sizes: tuple[int, ...]) -> nn.Sequential:
-    """(E, F) -> (E, ``num_actions``), tanh between the layers."""
+    """(E, F) -> (E, ``num_outputs``), tanh between the layers."""
     sizes = (num_features(config), *hidden_sizes)
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_actions(config)))
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_outputs(config)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TuningPolicy:
-    """The greedy policy: the mean action, or the one of the highest score."""
+    """Greedy (the mean action, or the one of the highest score), or as spread as it learned to be.
+
+    The spread is part of what was learned: wide where nothing is known, narrow where the outputs
+    say what is wrong.
+    """
 
     network: nn.Sequential
     config: TuningConfig
@@ -78,10 +84,17 @@ class TuningPolicy:
         return cls(network=network, config=config, hidden_sizes=hidden_sizes, name=name)
 
     @torch.no_grad()
-    def act(self, observation: FloatArray) -> FloatArray:
-        """(E, K) actions, or (E,) discrete ones, of (E, F) observations."""
+    def act(self, observation: FloatArray, rng: np.random.Generator | None = None) -> FloatArray:
+        """(E, K) actions, or (E,) discrete ones, of (E, F) observations; greedy without ``rng``."""
         output = self.network(torch.as_tensor(observation, dtype=torch.float32)).numpy()
-        return output if self.config.action == "continuous" else output.argmax(1)
+        if self.config.action == "discrete":
+            noise = 0.0 if rng is None else rng.gumbel(size=output.shape)
+            return (output + noise).argmax(1)
+        mean, log_sd = np.split(output, 2, axis=1)
+        if rng is None:
+            return mean
+        sd = np.exp(np.clip(log_sd, -MAX_LOG_SPREAD, MAX_LOG_SPREAD))
+        return mean + sd * rng.standard_normal(mean.shape)
 
     def save(self, folder: Path) -> None:
         """Writes both files; the folder exists."""
@@ -154,7 +167,7 @@ class TuningPolicy:
             config: TuningConfig, start: FloatArray, outcome: Outcome, rng: np.random.Generator
         ) -> PolicyOptimiser:
             self.check_tunes(config)
-            return PolicyOptimiser(self, start, outcome)
+            return PolicyOptimiser(self, start, outcome, rng)
 
         return make
 
@@ -162,14 +175,20 @@ class TuningPolicy:
 class PolicyOptimiser:
     """``rivals.Optimiser``: asks the policy; after its T steps, T more from the best."""
 
-    def __init__(self, policy: TuningPolicy, start: FloatArray, outcome: Outcome) -> None:
-        """Use ``TuningPolicy.make``."""
-        self.policy = policy
+    def __init__(
+        self,
+        policy: TuningPolicy,
+        start: FloatArray,
+        outcome: Outcome,
+        rng: np.random.Generator | None,
+    ) -> None:
+        """Use ``TuningPolicy.make``; ``rng`` None: greedy."""
+        self.policy, self.rng = policy, rng
         self.progress = Progress(policy.config, start, outcome)
 
     def ask(self) -> FloatArray:
         """(E, K) units."""
-        return self.progress.propose(self.policy.act(self.progress.observation()))
+        return self.progress.propose(self.policy.act(self.progress.observation(), self.rng))
 
     def tell(self, trial: Trial) -> None:
         """Keeps the best."""

@@ -43,10 +43,12 @@ from ray.rllib.utils.metrics import (
     SYNCH_WORKER_WEIGHTS_TIMER,
     TIMERS,
 )
+from torch import nn
 
 from envs.crystfel.types import FloatArray
 from ssl2rl_ray.algorithms.dqn import _map_arrays
 from ssl2rl_ray.config import TuningAlgorithmConfig, TuningTrainingConfig
+from ssl2rl_ray.tuning.policy import MAX_LOG_SPREAD
 
 MakeEnv = Callable[..., VectorEnv[Any, Any, Any]]
 """``make_env(num_envs=..., seed=...)``; all its episodes are equally long."""
@@ -60,8 +62,12 @@ class TuningModule(DefaultPPOTorchRLModule):
         """Builds the network, then sets the spread of the first actions."""
         super().setup()
         if isinstance(self.action_space, spaces.Box):
+            last = [layer for layer in self.pi.modules() if isinstance(layer, nn.Linear)][-1]
+            num = last.out_features // 2  # means, then logs of spreads
             with torch.no_grad():
-                self.pi.log_std.fill_(float(np.log(INITIAL_SPREAD)))
+                last.weight.mul_(0.1)
+                last.bias[:num] = 0.0
+                last.bias[num:] = float(np.log(INITIAL_SPREAD))
 
 
 INITIAL_SPREAD = 0.5
@@ -292,7 +298,7 @@ def build(
                 fcnet_hiddens=list(config.hidden_sizes),
                 fcnet_activation="tanh",
                 vf_share_layers=False,
-                free_log_std=isinstance(single_action_space, spaces.Box),
+                log_std_clip_param=MAX_LOG_SPREAD,
             ),
         )
     )

@@ -78,7 +78,7 @@ class Validation:
         """Draws them."""
         rng = np.random.default_rng(_VALIDATION_SEED)
         num = config.training.num_validation_experiments
-        self.experiments = draw_experiments(rng, config.experiments.kind, num)
+        self.experiments = draw_experiments(rng, "normal", num)
         sample = Sample.draw(rng, num, config.env.num_frames)
         self.bench = SurrogateBench(self.experiments, sample)
         self.best = np.maximum(best_fraction(self.experiments), 0.02)
