@@ -1,424 +1,429 @@
-"""CrystFEL's ``.stream``: what was found in each frame, read and written (format 2.3).
+"""CrystFEL's ``.stream``, format 2.3: what an indexer found, frame by frame.
 
-A stream is a header (versions, command line, geometry file, reference cell) and chunks, one per
-frame, in the order in which the frames were finished. Whatever the bytes are, reading ends in
-chunks or in a ``FormatError`` that names file, line and remedy; a stream that ends inside a chunk
-is refused, since what wrote it was stopped.
-
-Lengths in a stream are nm; here they are Å. Peak positions in a stream are those of the panel's
-data in the file; here they are on the slab, as everywhere (``formats.py``).
+Lengths in the file are nm; here they are Å. Positions of peaks are those of the file: in the data
+of the panel's plane, px, with i + 0.5 in the middle of pixel i.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
-from envs.crystfel.sfx.formats import FormatError, Geometry, PathLike, format_cell
+from envs.crystfel.sfx.formats import FormatError, Geometry, PathLike
 from envs.crystfel.types import FloatArray, Frame, IntArray, UnitCell
 
-MAX_LINE_CHARS = 65_536
-"""CrystFEL's own lines have 1023 at most, its command line apart."""
-RESOLUTION_OF_NONE = "inf nm^-1 or 0.0 A"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Reflections:
-    """Integrated intensities of one crystal; arrays (m,), in the order of ``hkl``."""
-
-    hkl: IntArray
-    """(m, 3)"""
-    intensity: FloatArray
-    sigma: FloatArray
-    background: FloatArray
-    """Per pixel."""
-    fs: FloatArray
-    """On the slab, px."""
-    ss: FloatArray
-    panel: IntArray
+FORMAT = "CrystFEL stream format 2.3"
+MAX_LINE_LENGTH = 100_000
+"""Characters; CrystFEL itself reads lines of up to 1023."""
+MAX_CRYSTALS = 1000
+"""Of a frame."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StreamCrystal:
-    """One lattice of a chunk."""
+    """A lattice that was found in a frame."""
 
     cell: FloatArray
-    """(6,) Å and degrees."""
+    """(6,) a, b, c in Å; alpha, beta, gamma in degrees."""
     reciprocal_per_A: FloatArray
     """(3, 3) rows a*, b*, c* in the laboratory, 1/Å."""
     lattice_type: str = "triclinic"
     centering: str = "P"
     unique_axis: str = "*"
-    reflections: Reflections | None = None
-    """Written, and skipped on reading."""
-
-
-def _none() -> FloatArray:
-    return np.zeros(0)
-
-
-def _no_panel() -> IntArray:
-    return np.zeros(0, dtype=np.int64)
+    profile_radius_per_A: float = math.nan
+    num_reflections: int = 0
+    """Integrated ones; 0 as well where integration was left out."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Chunk:
-    """What was found in one frame; n peaks, or none where the stream does not list them."""
+class StreamChunk:
+    """What was found in a frame."""
 
     frame: Frame
-    """As it was written: the path is not resolved."""
-    serial: int = 0
-    """Line of the list, from 1."""
+    """As the file has it."""
+    serial: int
+    """Number of the frame in the run, from 1."""
     is_hit: bool
-    num_peaks: int
+    indexed_by: str
+    """``none`` where it was not."""
     photon_energy_eV: float
-    indexed_by: str = "none"
-    peak_fs: FloatArray = field(default_factory=_none)
-    """(n,) on the slab, px."""
-    peak_ss: FloatArray = field(default_factory=_none)
-    peak_intensity: FloatArray = field(default_factory=_none)
-    """(n,) ADU."""
-    peak_panel: IntArray = field(default_factory=_no_panel)
-    """(n,) index of the panel."""
+    clen_m: float
+    num_peaks: int
+    peaks: FloatArray = field(default_factory=lambda: np.zeros((0, 4)))
+    """(num_peaks, 4) fs and ss in px, 1/d in 1/Å, intensity; (0, 4) where they were left out."""
+    peak_panels: tuple[str, ...] = ()
+    """(num_peaks,) name of each peak's panel."""
     crystals: tuple[StreamCrystal, ...] = ()
 
 
-# ------------------------------------------------------------------------------------- reading
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stream:
+    """A whole stream."""
+
+    generator: str
+    """Who wrote it, such as ``CrystFEL 0.12.0``."""
+    command: str
+    geometry_text: str
+    cell_text: str
+    chunks: tuple[StreamChunk, ...]
+    """In the order of the file, which is that of completion."""
 
 
-def read_stream(path: PathLike, geometry: Geometry) -> Iterator[Chunk]:
-    """Reads the chunks, one after the other.
-
-    Args:
-        path: the file.
-        geometry: whose panels the peaks lie on.
+def read_stream(path: PathLike) -> Stream:
+    """Reads a whole stream.
 
     Raises:
-        FormatError: what is wrong, in which line, and what to do.
+        FormatError: what is wrong, in which line. A stream that ends within a chunk is refused:
+            its writer was stopped, or is still at work.
     """
+    source = os.fspath(path)
     try:
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-            yield from _chunks(_Lines(file, os.fspath(path)), geometry)
+            return parse_stream(file, source)
     except OSError as error:
-        raise FormatError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from error
+        raise FormatError(f"{source}: cannot be read: {error.strerror}") from error
+
+
+def parse_stream(lines: Iterable[str], source: str = "stream") -> Stream:
+    """The same from lines; ``source`` is their name in messages. Raises FormatError."""
+    reader = _Lines(lines, source)
+    first = reader.next("the header")
+    if not first.startswith(FORMAT):
+        raise FormatError(f"{source}:1: expected {FORMAT!r}, found {_shown(first)}")
+    header: list[str] = []
+    blocks = {"geometry file": "", "unit cell": ""}
+    chunks: list[StreamChunk] = []
+    for line in reader:
+        if line == "----- Begin chunk -----":
+            chunks.append(_chunk(reader))
+        elif match := _BLOCK.fullmatch(line):
+            blocks[match[1]] = "\n".join(reader.until(f"----- End {match[1]} -----")) + "\n"
+        elif line in ("----- End chunk -----", "--- Begin crystal", "--- End crystal"):
+            raise FormatError(f"{reader.at}: {line!r} outside a chunk: the stream is damaged")
+        elif not chunks:
+            header.append(line)
+    return Stream(
+        generator=_after("Generated by ", header) or "",
+        command=next((line for line in header if "indexamajig" in line.split(" ", 1)[0]), ""),
+        geometry_text=blocks["geometry file"],
+        cell_text=blocks["unit cell"],
+        chunks=tuple(chunks),
+    )
+
+
+_BLOCK = re.compile(r"----- Begin (geometry file|unit cell) -----")
+
+
+def format_stream(stream: Stream) -> Iterator[str]:
+    """The lines of a stream's file, each with its line end; CrystFEL's programs read them."""
+    yield f"{FORMAT}\n"
+    yield f"Generated by {stream.generator}\n"
+    if stream.command:
+        yield f"{stream.command}\n"
+    yield f"----- Begin geometry file -----\n{stream.geometry_text}----- End geometry file -----\n"
+    yield f"----- Begin unit cell -----\n{stream.cell_text}----- End unit cell -----\n"
+    for chunk in stream.chunks:
+        yield "".join(f"{line}\n" for line in _chunk_lines(chunk))
+
+
+def write_stream(stream: Stream, path: PathLike) -> None:
+    """Writes a stream whole or not at all: under a temporary name, then renamed."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(format_stream(stream))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def stream_peaks(
+    geometry: Geometry, fs: FloatArray, ss: FloatArray, intensity: FloatArray
+) -> tuple[FloatArray, tuple[str, ...]]:
+    """Peaks on the slab as a chunk has them.
+
+    Args:
+        geometry: of the slab.
+        fs: (n,) px on the slab.
+        ss: (n,) px on the slab.
+        intensity: (n,) ADU.
+
+    Returns:
+        ``peaks`` and ``peak_panels`` of a ``StreamChunk``.
+    """
+    panel = panels_of(geometry, fs, ss)
+    q = geometry.q_per_A(geometry.positions_m(fs, ss, panel))
+    peaks = [fs, ss - geometry.row_offset[panel], np.linalg.norm(q, axis=1), intensity]
+    return np.column_stack(peaks), tuple(geometry.panels[p] for p in panel)
+
+
+def panels_of(geometry: Geometry, fs: FloatArray, ss: FloatArray) -> IntArray:
+    """(n,) the panel under each point of the slab; -1 = none."""
+    return geometry.panel_index[np.asarray(ss).astype(int), np.asarray(fs).astype(int)].astype(int)
+
+
+def slab_positions(
+    geometry: Geometry, chunk: StreamChunk
+) -> tuple[FloatArray, FloatArray, IntArray]:
+    """fs, ss on the slab and panel of a chunk's peaks, (n,) each.
+
+    Raises:
+        FormatError: a panel that the geometry does not have.
+    """
+    numbers = {name: number for number, name in enumerate(geometry.panels)}
+    try:
+        panel = np.array([numbers[name] for name in chunk.peak_panels], dtype=int)
+    except KeyError as error:
+        raise FormatError(
+            f"a peak of {chunk.frame} lies on panel {error}, which the geometry does not have"
+        ) from error
+    return chunk.peaks[:, 0], chunk.peaks[:, 1] + geometry.row_offset[panel], panel
+
+
+def crystal_of(reciprocal_per_A: FloatArray, cell: UnitCell) -> StreamCrystal:
+    """A crystal from its reciprocal basis (rows a*, b*, c*), of the kind of the known cell."""
+    direct = np.linalg.inv(reciprocal_per_A).T
+    lengths = np.linalg.norm(direct, axis=1)
+    cosines = [direct[i] @ direct[j] / lengths[i] / lengths[j] for i, j in ((1, 2), (0, 2), (0, 1))]
+    return StreamCrystal(
+        cell=np.array([*lengths, *np.degrees(np.arccos(np.clip(cosines, -1, 1)))]),
+        reciprocal_per_A=np.asarray(reciprocal_per_A, dtype=float),
+        lattice_type=cell.lattice_type,
+        centering=cell.centering,
+        unique_axis=cell.unique_axis,
+    )
+
+
+# ---------------------------------------------------------------------------------- reading
 
 
 class _Lines:
-    """Lines of a file, counted."""
+    """Numbered lines without their ends."""
 
-    def __init__(self, file: TextIO, source: str) -> None:
-        self._file, self._source, self._number = file, source, 0
+    def __init__(self, lines: Iterable[str], source: str) -> None:
+        self._lines, self._source, self.number = iter(lines), source, 0
 
     @property
     def at(self) -> str:
-        return f"{self._source}:{self._number}"
+        return f"{self._source}:{self.number}"
 
     def __iter__(self) -> Iterator[str]:
-        while line := self._file.readline(MAX_LINE_CHARS):
-            self._number += 1
-            if len(line) == MAX_LINE_CHARS:
-                raise FormatError(f"{self.at}: a line of {MAX_LINE_CHARS} characters: no stream")
-            yield line.rstrip("\r\n")
+        return self
 
-    def until(self, *ends: str, what: str) -> Iterator[str]:
-        """Lines up to one of ``ends``, which is consumed."""
-        for line in self:
-            if line in ends:
-                return
-            if line.startswith(_CHUNK_BEGINS):
-                break
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.number += 1
+        if len(line) > MAX_LINE_LENGTH:
+            raise FormatError(f"{self.at}: a line of {len(line)} characters is none of a stream")
+        return line.rstrip("\r\n")
+
+    def next(self, what: str) -> str:
+        line = next(self, None)
+        if line is None:
+            raise FormatError(
+                f"{self.at}: ends within {what}: its writer was stopped, or is still at work"
+            )
+        return line
+
+    def until(self, end: str) -> Iterator[str]:
+        """Lines before ``end``, which must come."""
+        begin = self.number
+        while (line := self.next(f"the block that began in line {begin}")) != end:
+            if line.startswith("----- Begin chunk"):
+                raise FormatError(f"{self.at}: a new chunk before {end!r}: the stream is damaged")
             yield line
-        raise FormatError(
-            f"{self.at}: {what} has no end: what wrote the stream was stopped; run it again"
-        )
 
 
-_CHUNK_BEGINS, _CHUNK_ENDS = "----- Begin chunk -----", "----- End chunk -----"
-_GEOMETRY_BEGINS = "----- Begin geometry file -----"
-_GEOMETRY_ENDS = "----- End geometry file -----"
-_CELL_BEGINS, _CELL_ENDS = "----- Begin unit cell -----", "----- End unit cell -----"
-_PEAKS_BEGIN, _PEAKS_END = "Peaks from peak search", "End of peak list"
-_CRYSTAL_BEGINS, _CRYSTAL_ENDS = "--- Begin crystal", "--- End crystal"
-_REFLECTIONS_BEGIN = "Reflections measured after indexing"
-_REFLECTIONS_END = "End of reflections"
-
-
-def _chunks(lines: _Lines, geometry: Geometry) -> Iterator[Chunk]:
-    first = next(iter(lines), "")
-    if not first.startswith("CrystFEL stream format 2."):
-        raise FormatError(
-            f"{lines.at}: expected `CrystFEL stream format 2.3`, found {first[:40]!r}: is it a "
-            "stream?"
-        )
-    panels = {name: number for number, name in enumerate(geometry.panels)}
-    for line in lines:
-        if line == _CHUNK_BEGINS:
-            yield _chunk(lines, geometry, panels)
-        elif line == _CHUNK_ENDS:
-            raise FormatError(f"{lines.at}: a chunk ends that did not begin")
-
-
-def _chunk(lines: _Lines, geometry: Geometry, panels: dict[str, int]) -> Chunk:
-    begin = lines.at
-    found: dict[str, tuple[str, str]] = {}  # value and place
-    peaks: list[tuple[float, float, float, int]] | None = None
-    crystals = []
-    for line in lines.until(_CHUNK_ENDS, what=f"the chunk from {begin}"):
-        if line == _PEAKS_BEGIN:
-            if peaks is not None:
-                raise FormatError(f"{lines.at}: a second list of peaks in one chunk")
-            peaks = _peaks(lines, panels)
-        elif line == _CRYSTAL_BEGINS:
-            crystals.append(_crystal(lines))
-        else:
-            for key, name in _OF_CHUNK.items():
-                if line.startswith(key):
-                    if name in found:
-                        raise FormatError(f"{lines.at}: {key.strip(' =:')!r} for a second time")
-                    found[name] = line[len(key) :], lines.at
-    for key, name in _OF_CHUNK.items():
-        if name not in found and name != "event":
-            raise FormatError(f"{lines.at}: the chunk has no line {key.strip(' =:')!r}")
-    num_peaks = _whole(*found["num_peaks"])
-    if peaks is not None and len(peaks) != num_peaks:
-        raise FormatError(f"{lines.at}: num_peaks is {num_peaks}, and {len(peaks)} are listed")
-    columns = np.array(peaks or [], dtype=float).reshape(-1, 4)
-    panel = columns[:, 3].astype(np.int64)
-    window = geometry.window[panel]
-    is_on = (columns[:, :2] >= window[:, [0, 2]] - 1) & (columns[:, :2] <= window[:, [1, 3]] + 2)
-    if not is_on.all():
-        fs, ss = columns[int(np.argmin(is_on.all(1))), :2]
-        raise FormatError(f"{lines.at}: a peak at {fs:g}, {ss:g} is not on its panel")
-    return Chunk(
-        frame=Frame(path=found["path"][0], event=found.get("event", ("",))[0]),
-        serial=_whole(*found["serial"]),
-        is_hit=_whole(*found["hit"]) == 1,
+def _chunk(reader: _Lines) -> StreamChunk:
+    begin, values = reader.number, dict[str, tuple[str, str]]()
+    peaks, panels, crystals = np.zeros((0, 4)), (), list[StreamCrystal]()
+    for line in reader.until("----- End chunk -----"):
+        if line == "Peaks from peak search":
+            peaks, panels = _peaks(reader)
+        elif line == "--- Begin crystal":
+            if len(crystals) == MAX_CRYSTALS:
+                raise FormatError(f"{reader.at}: more than {MAX_CRYSTALS} crystals in a frame")
+            crystals.append(_crystal(reader))
+        elif match := _KEY.match(line):
+            values[match[1]] = line[match.end() :].strip(), reader.at
+    at = f"{reader.at} (chunk that began in line {begin})"
+    name = _value(values, "Image filename", at)[0]
+    num_peaks = _integer(values, "num_peaks", at)
+    if len(peaks) and len(peaks) != num_peaks:
+        raise FormatError(f"{at}: num_peaks is {num_peaks}, while {len(peaks)} are listed")
+    hit = _integer(values, "hit", at)
+    if hit not in (0, 1):
+        raise FormatError(f"{values['hit'][1]}: expected hit = 0 or 1, found {hit}")
+    event = values["Event"][0] if "Event" in values else ""
+    return StreamChunk(
+        frame=Frame(path=name, event="" if event == "//" else event),
+        serial=_integer(values, "Image serial number", at),
+        is_hit=bool(hit),
+        indexed_by=_value(values, "indexed_by", at)[0],
+        photon_energy_eV=_number(values, "photon_energy_eV", at),
+        clen_m=_number(values, "average_camera_length", at, math.nan),
         num_peaks=num_peaks,
-        photon_energy_eV=_numbers(found["photon_energy_eV"][0], 1, found["photon_energy_eV"][1])[0],
-        indexed_by=found["indexed_by"][0],
-        peak_fs=columns[:, 0],
-        peak_ss=columns[:, 1] + geometry.row_offset[panel].astype(float),
-        peak_intensity=columns[:, 2],
-        peak_panel=panel,
+        peaks=peaks,
+        peak_panels=panels,
         crystals=tuple(crystals),
     )
 
 
-_OF_CHUNK = {
-    "Image filename: ": "path",
-    "Event: ": "event",
-    "Image serial number: ": "serial",
-    "hit = ": "hit",
-    "indexed_by = ": "indexed_by",
-    "photon_energy_eV = ": "photon_energy_eV",
-    "num_peaks = ": "num_peaks",
-}
+_KEY = re.compile(
+    r"(Image filename|Event|Image serial number|hit|indexed_by|photon_energy_eV|num_peaks"
+    r"|average_camera_length)(?::| =) "
+)
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
+_INTEGER = re.compile(r"[0-9]{1,10}")
 
 
-def _peaks(lines: _Lines, panels: dict[str, int]) -> list[tuple[float, float, float, int]]:
-    """fs, ss in the panel's data, intensity, panel."""
-    peaks = []
-    rows = lines.until(_PEAKS_END, what="the list of peaks")
-    next(rows, None)  # names of the columns
-    for line in rows:
-        words = line.split()
-        if len(words) != 5 or words[4] not in panels:
+def _peaks(reader: _Lines) -> tuple[FloatArray, tuple[str, ...]]:
+    begin = reader.number
+    reader.next("a list of peaks")  # the titles of its columns
+    lines = list(reader.until("End of peak list"))
+    rows = [line.split() for line in lines]
+    for number, (row, line) in enumerate(zip(rows, lines, strict=True), begin + 2):
+        if len(row) != 5 or not all(map(_NUMBER.fullmatch, row[:4])):
+            where = reader.at.rpartition(":")[0]
             raise FormatError(
-                f"{lines.at}: expected fs, ss, 1/d, intensity and a panel of the geometry, found "
-                f"{line[:60]!r}"
+                f"{where}:{number}: expected fs, ss, 1/d, intensity and panel of a peak, found "
+                f"{_shown(line)}"
             )
-        fs, ss = _numbers(line, 2, lines.at)
-        try:
-            intensity = float(words[3])
-        except ValueError as error:
-            raise FormatError(f"{lines.at}: {error}") from error
-        peaks.append((fs, ss, intensity, panels[words[4]]))
-    return peaks
+    table = np.array([row[:4] for row in rows], dtype=float).reshape(-1, 4)
+    table[:, 2] /= 10.0
+    return table, tuple(row[4] for row in rows)
 
 
-def _crystal(lines: _Lines) -> StreamCrystal:
-    begin = lines.at
-    axes: dict[str, list[float]] = {}
-    cell: list[float] = []
-    words = {"lattice_type": "triclinic", "centering": "P", "unique_axis": "*"}
-    for line in lines.until(_CRYSTAL_ENDS, what=f"the crystal from {begin}"):
-        name, equals, value = line.partition(" = ")
-        if equals and name in ("astar", "bstar", "cstar"):
-            if name in axes:
-                raise FormatError(f"{lines.at}: {name} for a second time in one crystal")
-            axes[name] = _numbers(value, 3, lines.at)
-        elif equals and name in words:
-            words[name] = value[:20]
-        elif line.startswith(_CELL):
-            lengths, _, angles = line[len(_CELL) :].partition(" nm, ")
-            cell = [10 * x for x in _numbers(lengths, 3, lines.at)]
-            cell += _numbers(angles, 3, lines.at)
-        elif line == _REFLECTIONS_BEGIN:
-            for _ in lines.until(_REFLECTIONS_END, what="the list of reflections"):
+_CELL = re.compile(
+    rf"Cell parameters +{' +'.join([f'({_NUMBER.pattern})'] * 3)} nm, "
+    rf"*{' +'.join([f'({_NUMBER.pattern})'] * 3)} deg"
+)
+_AXIS = re.compile(rf"([abc])star = {' +'.join([f'({_NUMBER.pattern})'] * 3)} nm\^-1")
+
+
+def _crystal(reader: _Lines) -> StreamCrystal:
+    begin, cell = reader.number, None
+    axes, values = dict[str, list[float]](), dict[str, tuple[str, str]]()
+    for line in reader.until("--- End crystal"):
+        if line == "--- Begin crystal" or line == "----- End chunk -----":
+            raise FormatError(f"{reader.at}: {line!r} within a crystal: the stream is damaged")
+        if line == "Reflections measured after indexing":
+            for _ in reader.until("End of reflections"):
                 pass
-    if len(axes) < 3 or not cell:
-        raise FormatError(f"{lines.at}: the crystal from {begin} has no cell, astar, bstar, cstar")
-    reciprocal = np.array([axes["astar"], axes["bstar"], axes["cstar"]]) / 10
-    lengths = np.linalg.norm(reciprocal, axis=1)
-    if not (lengths > 1e-6).all() or abs(np.linalg.det(reciprocal)) < 1e-3 * np.prod(lengths):
-        raise FormatError(f"{lines.at}: astar, bstar and cstar do not span space")
+        elif match := _CELL.fullmatch(line):
+            cell = np.array([float(text) for text in match.groups()])
+            cell[:3] *= 10.0
+        elif match := _AXIS.fullmatch(line):
+            axes[match[1]] = [float(text) / 10.0 for text in match.groups()[1:]]
+        elif match := _CRYSTAL_KEY.match(line):
+            values[match[1]] = line[match.end() :].strip(), reader.at
+    at = f"{reader.at} (crystal that began in line {begin})"
+    if cell is None or len(axes) < 3:
+        raise FormatError(f"{at}: needs cell parameters, astar, bstar and cstar")
+    if not np.isfinite(cell).all() or not (cell > 0).all():
+        raise FormatError(f"{at}: cell parameters must be above 0, found {cell.tolist()}")
     return StreamCrystal(
-        cell=np.array(cell),
-        reciprocal_per_A=reciprocal,
-        lattice_type=words["lattice_type"],
-        centering=words["centering"],
-        unique_axis=words["unique_axis"],
+        cell=cell,
+        reciprocal_per_A=np.array([axes[name] for name in "abc"]),
+        lattice_type=values.get("lattice_type", ("triclinic", ""))[0],
+        centering=values.get("centering", ("P", ""))[0],
+        unique_axis=values.get("unique_axis", ("*", ""))[0],
+        profile_radius_per_A=_number(values, "profile_radius", at, math.nan) / 10.0,
+        num_reflections=_integer(values, "num_reflections", at, 0),
     )
 
 
-_CELL = "Cell parameters "
+_CRYSTAL_KEY = re.compile(r"(lattice_type|centering|unique_axis|profile_radius|num_reflections) = ")
 
 
-def _numbers(text: str, count: int, at: str) -> list[float]:
-    """The first ``count`` words as finite numbers."""
-    words = text.split()[:count]
-    try:
-        numbers = [float(word) for word in words]
-    except ValueError:
-        numbers = []
-    if len(numbers) < count or not all(math.isfinite(x) and abs(x) < 1e12 for x in numbers):
-        raise FormatError(f"{at}: expected {count} number(s), found {text[:60]!r}")
-    return numbers
+def _value(values: dict[str, tuple[str, str]], name: str, at: str) -> tuple[str, str]:
+    if name not in values:
+        raise FormatError(f"{at}: has no line {name!r}")
+    return values[name]
 
 
-def _whole(text: str, at: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise FormatError(f"{at}: expected a whole number, found {text[:60]!r}")
+def _integer(
+    values: dict[str, tuple[str, str]], name: str, at: str, default: int | None = None
+) -> int:
+    if default is not None and name not in values:
+        return default
+    text, where = _value(values, name, at)
+    if not _INTEGER.fullmatch(text):
+        raise FormatError(f"{where}: {name} must be a whole number, found {_shown(text)}")
     return int(text)
 
 
-# ------------------------------------------------------------------------------------- writing
+def _number(
+    values: dict[str, tuple[str, str]], name: str, at: str, default: float | None = None
+) -> float:
+    """Of a value that may be followed by its unit."""
+    if default is not None and name not in values:
+        return default
+    text, where = _value(values, name, at)
+    number = text.partition(" ")[0]
+    if not _NUMBER.fullmatch(number):
+        raise FormatError(f"{where}: {name} must be a number, found {_shown(text)}")
+    return float(number)
 
 
-def write_stream(
-    path: PathLike,
-    chunks: Iterable[Chunk],
-    geometry: Geometry,
-    cell: UnitCell,
-    *,
-    geometry_text: str,
-    generator: str,
-    argv: Sequence[str] = (),
-) -> None:
-    """Writes a stream that CrystFEL's programs read; in place at once when it is whole.
-
-    Args:
-        path: the file to write.
-        chunks: one per frame.
-        geometry: with which the frames were indexed.
-        cell: the reference.
-        geometry_text: the ``.geom`` file of that geometry, which the stream carries along.
-        generator: program and version.
-        argv: its command.
-    """
-    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.part")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(_header(geometry_text, cell, generator, argv))
-            for chunk in chunks:
-                file.write(format_chunk(chunk, geometry))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _after(start: str, lines: Sequence[str]) -> str | None:
+    return next((line[len(start) :] for line in lines if line.startswith(start)), None)
 
 
-def _header(geometry_text: str, cell: UnitCell, generator: str, argv: Sequence[str]) -> str:
-    return "\n".join(
-        (
-            "CrystFEL stream format 2.3",
-            f"Generated by {generator}",
-            " ".join(argv).replace("\n", " "),
-            _GEOMETRY_BEGINS,
-            geometry_text.rstrip("\n"),
-            _GEOMETRY_ENDS,
-            _CELL_BEGINS,
-            format_cell(cell).rstrip("\n"),
-            _CELL_ENDS,
-            "",
-        )
-    )
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def format_chunk(chunk: Chunk, geometry: Geometry) -> str:
-    """The text of one chunk, as CrystFEL has it."""
-    q = geometry.q_per_A(geometry.positions_m(chunk.peak_fs, chunk.peak_ss, chunk.peak_panel))
-    q_per_nm = 10 * np.linalg.norm(q, axis=-1)
-    furthest = f"{q_per_nm.max():.6f} nm^-1 or {10 / q_per_nm.max():.6f} A" if q.size else None
-    lines = [
-        _CHUNK_BEGINS,
-        f"Image filename: {chunk.frame.path}",
-        f"Event: {chunk.frame.event or '//'}",
-        f"Image serial number: {chunk.serial}",
-        f"hit = {int(chunk.is_hit)}",
-        f"indexed_by = {chunk.indexed_by}",
-        *(["n_indexing_tries = 1"] if chunk.crystals else []),
-        f"photon_energy_eV = {chunk.photon_energy_eV:.6f}",
-        "beam_divergence = 0.00e+00 rad",
-        "beam_bandwidth = 1.00e-08 (fraction)",
-        f"average_camera_length = {geometry.distance_m:.6f} m",
-        f"num_peaks = {chunk.num_peaks}",
-        f"peak_resolution = {furthest or RESOLUTION_OF_NONE}",
-        _PEAKS_BEGIN,
-        "  fs/px   ss/px (1/d)/nm^-1   Intensity  Panel",
-    ]
-    rows = chunk.peak_ss - geometry.row_offset[chunk.peak_panel]
-    for fs, ss, one_over_d, intensity, panel in zip(
-        chunk.peak_fs, rows, q_per_nm, chunk.peak_intensity, chunk.peak_panel, strict=True
-    ):
-        lines.append(
-            f"{fs:7.2f} {ss:7.2f} {one_over_d:10.2f}  {intensity:10.2f}   {geometry.panels[panel]}"
-        )
-    lines.append(_PEAKS_END)
+# ---------------------------------------------------------------------------------- writing
+
+
+def _chunk_lines(chunk: StreamChunk) -> Iterator[str]:
+    yield "----- Begin chunk -----"
+    yield f"Image filename: {chunk.frame.path}"
+    yield f"Event: {chunk.frame.event or '//'}"
+    yield f"Image serial number: {chunk.serial}"
+    yield f"hit = {int(chunk.is_hit)}"
+    yield f"indexed_by = {chunk.indexed_by}"
+    yield f"photon_energy_eV = {chunk.photon_energy_eV:.6f}"
+    yield "beam_divergence = 0.00e+00 rad"
+    yield "beam_bandwidth = 1.00e-08 (fraction)"
+    if math.isfinite(chunk.clen_m):
+        yield f"average_camera_length = {chunk.clen_m:.6f} m"
+    yield f"num_peaks = {chunk.num_peaks}"
+    if len(chunk.peaks):
+        best = 10.0 * float(chunk.peaks[:, 2].max())
+        yield f"peak_resolution = {best:.6f} nm^-1 or {10.0 / max(best, 1e-9):.6f} A"
+        yield "Peaks from peak search"
+        yield "  fs/px   ss/px (1/d)/nm^-1   Intensity  Panel"
+        for (fs, ss, d, intensity), panel in zip(chunk.peaks, chunk.peak_panels, strict=True):
+            yield f"{fs:7.2f} {ss:7.2f} {10.0 * d:10.2f}  {intensity:10.2f}   {panel}"
+        yield "End of peak list"
     for crystal in chunk.crystals:
-        lines += _crystal_lines(crystal, geometry)
-    return "\n".join([*lines, _CHUNK_ENDS, ""])
+        yield from _crystal_lines(crystal)
+    yield "----- End chunk -----"
 
 
-def _crystal_lines(crystal: StreamCrystal, geometry: Geometry) -> list[str]:
-    a, b, c = crystal.cell[:3] / 10
-    alpha, beta, gamma = crystal.cell[3:]
-    lines = [
-        _CRYSTAL_BEGINS,
-        f"{_CELL}{a:.5f} {b:.5f} {c:.5f} nm, {alpha:.5f} {beta:.5f} {gamma:.5f} deg",
-    ]
-    for name, (x, y, z) in zip("abc", 10 * crystal.reciprocal_per_A, strict=True):
-        lines.append(f"{name}star = {x:+9.7f} {y:+9.7f} {z:+9.7f} nm^-1")
-    lines += [
-        f"lattice_type = {crystal.lattice_type}",
-        f"centering = {crystal.centering}",
-        f"unique_axis = {crystal.unique_axis}",
-        "profile_radius = 0.01000 nm^-1",
-        "predict_refine/det_shift x = 0.000 y = 0.000 mm",
-    ]
-    if (found := crystal.reflections) is None:
-        return [*lines, "No integrated reflections.", _CRYSTAL_ENDS]
-    q = np.linalg.norm(found.hkl @ crystal.reciprocal_per_A, axis=1).max(initial=1e-3)
-    lines += [
-        f"diffraction_resolution_limit = {10 * q:.2f} nm^-1 or {1 / q:.2f} A",
-        f"num_reflections = {len(found.hkl)}",
-        "num_saturated_reflections = 0",
-        "num_implausible_reflections = 0",
-        _REFLECTIONS_BEGIN,
-        "   h    k    l          I   sigma(I)       peak background  fs/px  ss/px panel",
-    ]
-    rows = found.ss - geometry.row_offset[found.panel]
-    for indices, intensity, sigma, background, fs, ss, panel in zip(
-        found.hkl, found.intensity, found.sigma, found.background, found.fs, rows, found.panel,
-        strict=True,
-    ):  # fmt: skip
-        lines.append(
-            f"{indices[0]:4d} {indices[1]:4d} {indices[2]:4d} {intensity:10.2f} {sigma:10.2f} "
-            f"{intensity:10.2f} {background:10.2f} {fs:6.1f} {ss:6.1f} {geometry.panels[panel]}"
-        )
-    return [*lines, _REFLECTIONS_END, _CRYSTAL_ENDS]
+def _crystal_lines(crystal: StreamCrystal) -> Iterator[str]:
+    a, b, c, alpha, beta, gamma = crystal.cell
+    yield "--- Begin crystal"
+    yield (
+        f"Cell parameters {a / 10:7.5f} {b / 10:7.5f} {c / 10:7.5f} nm, "
+        f"{alpha:7.5f} {beta:7.5f} {gamma:7.5f} deg"
+    )
+    for name, (x, y, z) in zip("abc", 10.0 * crystal.reciprocal_per_A, strict=True):
+        yield f"{name}star = {x:+9.7f} {y:+9.7f} {z:+9.7f} nm^-1"
+    yield f"lattice_type = {crystal.lattice_type}"
+    yield f"centering = {crystal.centering}"
+    yield f"unique_axis = {crystal.unique_axis}"
+    radius = crystal.profile_radius_per_A
+    yield f"profile_radius = {10 * radius if math.isfinite(radius) else 0.0:.5f} nm^-1"
+    yield "predict_refine/det_shift x = 0.000 y = 0.000 mm"
+    yield f"num_reflections = {crystal.num_reflections}"
+    yield "--- End crystal"
