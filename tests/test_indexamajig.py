@@ -3,10 +3,15 @@
 import dataclasses
 import json
 import math
+import os
+import pickle
 import shlex
 import shutil
 import stat
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -416,6 +421,34 @@ def test_an_interrupted_run_leaves_nothing(standin, experiment, monkeypatch):
     monkeypatch.setattr("envs.crystfel.indexamajig._wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         adapter.run(Parameters(), experiment.frames)
+
+
+def test_a_killed_tuner_leaves_nothing(standin, experiment, tmp_path):
+    adapter = standin("hang")
+    script = (
+        "import pickle, sys; from envs.crystfel.types import Parameters\n"
+        "adapter = pickle.load(sys.stdin.buffer)\n"
+        "adapter.run(Parameters(), adapter.experiment.frames)"
+    )
+    tuner = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, cwd=Path(__file__).parents[1]
+    )
+    pickle.dump(adapter, tuner.stdin)
+    tuner.stdin.close()
+    pids = tmp_path / "pids"
+    _until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    tuner.kill()
+    tuner.wait()
+    _until(lambda: not any((tmp_path / "scratch").iterdir()))
+    leader = pids.read_text().split()[0]
+    _until(lambda: not Path(f"/dev/shm/indexamajig.shm.{leader}").exists())
+
+
+def _until(is_so: Callable[[], bool], seconds: float = 30.0) -> None:
+    begin = time.monotonic()
+    while not is_so():
+        assert time.monotonic() - begin < seconds
+        os.sched_yield()
 
 
 def test_a_scratch_folder_that_is_not_there(standin, experiment):

@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from envs.crystfel.experiment import Experiment
 from envs.crystfel.indexer import IndexerError
 from envs.crystfel.sfx.formats import FormatError, Geometry, tuned_geometry_text
 from envs.crystfel.sfx.spots import mean_offsets, spot_offsets
-from envs.crystfel.sfx.stream import Chunk, read_stream
+from envs.crystfel.sfx.stream import StreamChunk, read_stream, slab_positions
 from envs.crystfel.types import FloatArray, Frame, IndexingResult, Parameters, UnitCell
 
 OLDEST_VERSION = (0, 11)
@@ -208,9 +209,8 @@ class Indexamajig:
             if ended.code != 0:
                 raise IndexerError(f"indexamajig {_ending(ended.code)}{_tail(ended.log)}")
             check_understood(harvest, parameters)
-            moved = self.experiment.geometry.moved(parameters)
             try:
-                chunks = tuple(read_stream(stream, moved))
+                chunks = read_stream(stream).chunks
             except FormatError as error:
                 raise IndexerError(
                     f"its stream is unreadable: {error}{_tail(ended.log)}"
@@ -219,7 +219,7 @@ class Indexamajig:
         by_line = {list_line(chunk.frame): chunk for chunk in chunks}
         return result_of(
             [by_line[line] for line in lines],
-            moved,
+            self.experiment.geometry.moved(parameters),
             self.experiment.cell,
             cpu_s=ended.cpu_s,
             version=version,
@@ -266,9 +266,9 @@ def call(argv: Sequence[str], folder: Path, cwd: Path, *, timeout_s: float) -> E
             )
     except (OSError, ValueError) as error:
         raise IndexerError(f"{argv[0]} cannot be started: {error}") from error
-    trouble = f"{argv[0]} was stopped before its end"
     try:
-        trouble = _wait(process.pid, log, timeout_s)
+        with _guard(process.pid, folder):
+            trouble = _wait(process.pid, log, timeout_s)
     finally:
         # The leader is still there, if only as a zombie: its number cannot be another group's.
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -299,6 +299,43 @@ def _wait(pid: int, log: Path, timeout_s: float) -> str:
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
     return ""
+
+
+@contextlib.contextmanager
+def _guard(pid: int, folder: Path) -> Iterator[None]:
+    """Should this process be killed, the group ``pid`` dies with it and its folder is removed.
+
+    The guard reads a pipe that nobody writes; it ends when this process does, of whatever.
+    """
+    with subprocess.Popen(
+        (sys.executable, "-ISc", _GUARD, str(pid), str(folder)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as guard:
+        try:
+            yield
+        finally:
+            guard.kill()
+
+
+_GUARD = """
+import os, shutil, signal, sys, time
+sys.stdin.read()
+try:
+    os.killpg(int(sys.argv[1]), signal.SIGKILL)
+except OSError:
+    pass
+for _ in range(20):
+    shutil.rmtree(sys.argv[2], ignore_errors=True)
+    time.sleep(0.05)
+for name in ("indexamajig.shm.", "sem.indexamajig-q"):
+    try:
+        os.unlink("/dev/shm/" + name + sys.argv[1])
+    except OSError:
+        pass
+"""
 
 
 def _unlink_shared(pid: int) -> None:
@@ -427,7 +464,7 @@ _FINAL = re.compile(
 
 
 def check_counts(
-    chunks: Sequence[Chunk], asked: Mapping[str, Frame], log: str, peaks: str = "peakfinder8"
+    chunks: Sequence[StreamChunk], asked: Mapping[str, Frame], log: str, peaks: str = "peakfinder8"
 ) -> None:
     """Insists that frames asked for, chunks of the stream and the ``Final:`` line agree.
 
@@ -501,7 +538,7 @@ def _decimal(value: float) -> str:
 
 
 def result_of(
-    chunks: Sequence[Chunk],
+    chunks: Sequence[StreamChunk],
     geometry: Geometry,
     cell: UnitCell,
     *,
@@ -539,15 +576,17 @@ def result_of(
     )
 
 
-def _residuals(chunks: Sequence[Chunk], geometry: Geometry) -> tuple[float, FloatArray]:
+def _residuals(chunks: Sequence[StreamChunk], geometry: Geometry) -> tuple[float, FloatArray]:
     """Mean length and vector of observed minus predicted spots, px (of indexed frames only)."""
     pairs = [(chunk, crystal) for chunk in chunks for crystal in chunk.crystals]
     if not pairs:
         return math.nan, np.full(2, np.nan)
-    owner = np.repeat(np.arange(len(pairs)), [len(chunk.peak_panel) for chunk, _ in pairs])
-    panel = np.concatenate([chunk.peak_panel for chunk, _ in pairs])
-    fs = np.concatenate([chunk.peak_fs for chunk, _ in pairs])
-    ss = np.concatenate([chunk.peak_ss for chunk, _ in pairs])
+    try:
+        places = [slab_positions(geometry, chunk) for chunk, _ in pairs]
+    except FormatError as error:
+        raise IndexerError(f"its stream does not fit the geometry: {error}") from error
+    owner = np.repeat(np.arange(len(pairs)), [len(panel) for *_, panel in places])
+    fs, ss, panel = (np.concatenate(column) for column in zip(*places, strict=True))
     reciprocal = np.array([crystal.reciprocal_per_A for _, crystal in pairs])[owner]
     offsets_m = spot_offsets(geometry.positions_m(fs, ss, panel), reciprocal, geometry.wavelength_A)
     return mean_offsets(offsets_m * geometry.res_per_m[panel, None], owner, len(pairs))

@@ -21,6 +21,7 @@ from envs.crystfel.types import FloatArray, Frame, IntArray, UnitCell
 FORMAT = "CrystFEL stream format 2.3"
 MAX_LINE_LENGTH = 100_000
 """Characters; CrystFEL itself reads lines of up to 1023."""
+MAX_POSITION_PX = 1e7
 MAX_CRYSTALS = 1000
 """Of a frame."""
 
@@ -297,6 +298,8 @@ def _peaks(reader: _Lines) -> tuple[FloatArray, tuple[str, ...]]:
                 f"{_shown(line)}"
             )
     table = np.array([row[:4] for row in rows], dtype=float).reshape(-1, 4)
+    if not (np.abs(table[:, :2]) < MAX_POSITION_PX).all() or not np.isfinite(table).all():
+        raise FormatError(f"{reader.at}: a peak beyond any detector is in the list")
     table[:, 2] /= 10.0
     return table, tuple(row[4] for row in rows)
 
@@ -329,9 +332,14 @@ def _crystal(reader: _Lines) -> StreamCrystal:
         raise FormatError(f"{at}: needs cell parameters, astar, bstar and cstar")
     if not np.isfinite(cell).all() or not (cell > 0).all():
         raise FormatError(f"{at}: cell parameters must be above 0, found {cell.tolist()}")
+    reciprocal = np.array([axes[name] for name in "abc"])
+    lengths = np.linalg.norm(reciprocal, axis=1)
+    is_sane = ((lengths > 1e-6) & (lengths < 1e3)).all()
+    if not is_sane or abs(np.linalg.det(reciprocal)) < 1e-3 * np.prod(lengths):
+        raise FormatError(f"{at}: astar, bstar and cstar do not span space")
     return StreamCrystal(
         cell=cell,
-        reciprocal_per_A=np.array([axes[name] for name in "abc"]),
+        reciprocal_per_A=reciprocal,
         lattice_type=values.get("lattice_type", ("triclinic", ""))[0],
         centering=values.get("centering", ("P", ""))[0],
         unique_axis=values.get("unique_axis", ("*", ""))[0],
