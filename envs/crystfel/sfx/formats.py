@@ -872,7 +872,8 @@ def parse_frames(text: str, source: str = "list", folder: PathLike = "/") -> tup
                 f"{source}:{number}: expected a file and perhaps an event such as //3, found "
                 f"{_shown(line)}"
             )
-        frames.append(Frame(path=os.path.join(os.fspath(folder), path), event=event))
+        path = os.path.normpath(os.path.join(os.fspath(folder), path))
+        frames.append(Frame(path=path, event=event))
     return tuple(frames)
 
 
@@ -959,7 +960,7 @@ def good_pixels(geometry: Geometry, frame: Frame | None = None) -> BoolArray:
         with _open(path) as file:
             event = frame.event if frame else ""
             planes = [replace(plane, data=mask.data) for plane in geometry.planes]
-            bits = _stacked(geometry, file, planes, event).astype(np.int64)
+            bits = _stacked(geometry, file, planes, event, is_mask=True).astype(np.int64)
         good &= (bits & mask.good_bits == mask.good_bits) & (bits & mask.bad_bits == 0)
     return good
 
@@ -976,23 +977,24 @@ def _slab(geometry: Geometry, file: h5py.File, frame: Frame) -> NDArray[Any]:
 
 
 def _stacked(
-    geometry: Geometry, file: h5py.File, planes: Sequence[Plane], event: str
+    geometry: Geometry,
+    file: h5py.File,
+    planes: Sequence[Plane],
+    event: str,
+    is_mask: bool = False,
 ) -> NDArray[Any]:
     height, width = geometry.plane_rows, geometry.shape[1]
-    names, _, numbers = event.partition("//")
-    found = [
-        _plane_data(file, plane, names.split("/") if names else [], numbers, height, width)
-        for plane in planes
-    ]
+    found = [_plane_data(file, plane, event, (height, width), is_mask) for plane in planes]
     return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def _plane_data(
-    file: h5py.File, plane: Plane, names: Sequence[str], numbers: str, height: int, width: int
+    file: h5py.File, plane: Plane, event: str, shape: tuple[int, int], is_mask: bool
 ) -> NDArray[Any]:
+    names, _, numbers = event.partition("//")
     where = f"{file.filename}: {plane.data}"
     data = plane.data
-    for name in names:
+    for name in names.split("/") if names else ():
         data = data.replace("%", name, 1)
     try:
         node = file[data]
@@ -1001,7 +1003,7 @@ def _plane_data(
     if not isinstance(node, h5py.Dataset):
         raise FormatError(f"{where}: is a group, and must be a dataset: check `data` of the .geom")
     dims, events = plane.dims, [int(n) for n in numbers.split("/") if n]
-    if node.ndim == sum(dim != "%" for dim in dims) != len(dims):  # a mask for all frames
+    if is_mask and node.ndim == len(dims) - dims.count("%"):  # one for all frames
         dims, events = tuple(dim for dim in dims if dim != "%"), []
     if node.ndim != len(dims):
         raise FormatError(f"{where}: has {node.ndim} axes, while the .geom has {len(dims)} dims")
@@ -1014,7 +1016,7 @@ def _plane_data(
     for axis, dim in enumerate(dims):
         size = node.shape[axis]
         if dim in ("ss", "fs"):
-            need = height if dim == "ss" else width
+            need = shape[dim == "fs"]
             if size < need:
                 raise FormatError(f"{where}: {size} px along {dim}, while the .geom needs {need}")
             index.append(slice(0, need))

@@ -249,14 +249,16 @@ def _plate(preset: Preset) -> Geometry:
 
 def _modules(preset: Preset, rng: np.random.Generator) -> Geometry:
     """Four quadrants of four modules around a hole; long sides along x, tiles of 64 px along it."""
-    tiles, rows, columns, gap = 8, 64, 128, 2
+    tiles, rows, columns, gap = 8, 64, 128, 2  # px, as an AGIPD has them
     names, window, plane_index, fs, ss, corner, coffset = [], [], [], [], [], [], []
     for module in range(16):
         quadrant, place = divmod(module, 4)
-        # Quadrants: upper left, upper right, lower right, lower left, each shifted round the hole.
+        # Quadrants: upper left, upper right, lower right, lower left, each moved on round the beam
+        # by the side of the hole that they leave.
         side_x, side_y = ((-1, 1), (1, 1), (1, -1), (-1, -1))[quadrant]
-        x0 = side_x * 14.0 + (-9.0, 9.0, 9.0, -9.0)[quadrant]
-        y0 = side_y * (14.0 + (128 + 30) * place) + (9.0, 9.0, -9.0, -9.0)[quadrant]
+        move_x, move_y = ((-1, 0), (0, 1), (1, 0), (0, -1))[quadrant]
+        x0 = 8.0 * side_x + 20.0 * move_x
+        y0 = side_y * (8.0 + (columns + 30) * place) + 20.0 * move_y
         angle, tilt = rng.normal(0.0, 0.002), rng.normal(0.0, 0.3, 2)
         along, across = _turned(side_x, angle), _turned(side_y * 1j, angle)
         for tile in range(tiles):
