@@ -23,6 +23,7 @@ import numpy as np
 
 from envs.crystfel.experiment import TRUTH_FILE, Experiment, read_experiment
 from envs.crystfel.indexamajig import Indexamajig
+from envs.crystfel.indexer import Indexer, Memo
 from envs.crystfel.sfx.index import KnownCell, misorientation_deg
 from envs.crystfel.sfx.pipeline import EmbeddedIndexer
 from envs.crystfel.sfx.simulate import simulate
@@ -31,13 +32,12 @@ from envs.crystfel.types import Frame, Parameters
 WRONG_DEG = 2.0
 SETTINGS: tuple[dict[str, float], ...] = (
     {},
-    *({"min_snr": value} for value in (4.0, 4.5, 5.5, 6.0, 7.0, 8.0, 10.0)),
     *({"clen_offset_percent": value} for value in (-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0)),
     *({"centre_x_offset_px": value} for value in (-1.0, 1.0, 2.0)),
     {"centre_y_offset_px": 1.5},
+    *({"min_snr": value} for value in (5.5, 6.0, 7.0, 8.0, 10.0)),
     {"min_peaks": 30},
     {"min_peaks": 50},
-    {"min_pix_count": 1},
     {"min_pix_count": 3},
     {"min_pix_count": 4},
     {"threshold_adu": 40.0},
@@ -45,7 +45,10 @@ SETTINGS: tuple[dict[str, float], ...] = (
     {"min_snr": 4.5, "min_pix_count": 3},
     {"min_snr": 6.0, "threshold_adu": 10.0, "clen_offset_percent": 1.5},
     {"min_snr": 9.0, "min_peaks": 25, "clen_offset_percent": 3.0},
-)
+    {"min_snr": 4.5},
+    {"min_snr": 4.0},
+    {"min_pix_count": 1},
+)  # the slowest of the real program last
 
 
 def wrong_lattices(
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument(
         "--settings", type=int, default=len(SETTINGS), help="only the first so many"
     )
+    parser.add_argument("--memo", help="folder that keeps the real program's results for a rerun")
     parser.add_argument("--json", help="write all per-frame results there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -84,7 +88,10 @@ def main() -> None:
             simulate(args.preset, args.frames, args.seed, folder)
         experiment = read_experiment(folder)
         frames = list(experiment.frames[: args.frames])
-        real, embedded = Indexamajig(experiment=experiment), EmbeddedIndexer(experiment)
+        real: Indexer = Indexamajig(experiment=experiment)
+        if args.memo:
+            real = Memo(real, args.memo)
+        embedded = EmbeddedIndexer(experiment)
         print(f"{real.version}\n{embedded.version}\n{len(frames)} frames of {folder.name}\n")
         print(
             f"{'setting':58s} real  emb  agree  only-real only-emb  wrong   peaks-r   cpu-s  cpu-s"
