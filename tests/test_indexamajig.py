@@ -334,7 +334,7 @@ def test_a_run(standin, experiment, vice):
     np.testing.assert_allclose(result.mean_cell, [81.576, 81.576, 39.14, 90, 90, 90])
     assert result.cell_ratio == pytest.approx(1.03)
     assert 0 < result.cpu_s < 10
-    assert result.version.startswith("crystfel 0.12.0-7 peakfinder8 asdf --peakfinder8-fast")
+    assert result.version.startswith("crystfel 0.12.0-7 peakfinder8 asdf --asdf-fast")
     assert experiment.digest in result.version
 
 
