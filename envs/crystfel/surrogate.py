@@ -284,9 +284,17 @@ _RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "cpu_peak_s": ((0.0002, 0.0004), (0.0001, 0.0008)),
     "optimum_clen_percent": ((-3.5, 3.5), (-4.5, 4.5)),
 }
-WIDER = 0.25
+WIDER = 0.5
 """Of a range's width, added on both sides."""
-_POSSIBLE = {"crystal_share": (0.05, 0.98), "pixel_saturation": (1.0, 8.0)}
+_POSSIBLE = {
+    "crystal_share": (0.1, 0.98),
+    "pixel_saturation": (1.0, 8.0),
+    "pixel_loss": (0.05, 1.0),
+    "junk_fall": (0.2, 2.0),
+    "junk_pixel_loss": (0.1, 2.0),
+    "optimum_clen_percent": (-5.0, 5.0),
+}
+"""What a stretched range is cut off at."""
 _CENTRE_PX = {"normal": 3.0, "wide": 4.5, "harder": 4.0}
 """The centre's error is uniform in a disc of this radius."""
 _STARTS: dict[Kind, tuple[tuple[float, float], ...]] = {

@@ -1,0 +1,291 @@
+"""Policies as files, advantages by hand, a short training with RLlib, and the comparison."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from envs.crystfel.env import SurrogateBench
+from envs.crystfel.rivals import RIVALS, tune
+from envs.crystfel.surrogate import (
+    Sample,
+    SurrogateIndexer,
+    best_fraction,
+    draw_experiments,
+    nominal_experiment,
+    true_fraction,
+)
+from envs.crystfel.types import Parameters, TuningConfig
+from ssl2rl_ray.tuning.compare import (
+    Arena,
+    best_of_simulated,
+    compare,
+    contestants,
+    draw_comparison,
+    format_comparison,
+    real,
+    simulated,
+)
+from ssl2rl_ray.tuning.policy import PolicyError, TuningPolicy, make_network
+
+RULES = TuningConfig(tunables=("min_snr", "clen_offset_percent"), num_frames=30, num_steps=4)
+
+
+def policy(config=RULES, seed=0):
+    torch.manual_seed(seed)
+    network = make_network(config, (8, 8))
+    return TuningPolicy.of(network.state_dict(), config, (8, 8))
+
+
+@pytest.mark.parametrize("action", ["continuous", "discrete"])
+def test_a_policy_survives_its_files(tmp_path, action):
+    rules = TuningConfig(tunables=RULES.tunables, action=action)
+    ours = policy(rules)
+    ours.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"policy.json", "policy.safetensors"}
+    again = TuningPolicy.load(tmp_path)
+    observation = np.random.default_rng(0).normal(size=(5, 28)).astype(np.float32)
+    np.testing.assert_array_equal(again.act(observation), ours.act(observation))
+    spread = [p.act(observation, np.random.default_rng(1)) for p in (ours, again)]
+    np.testing.assert_array_equal(*spread)
+    assert again.config == rules
+    assert ours.act(observation).shape == ((5, 2) if action == "continuous" else (5,))
+
+
+def test_the_spread_is_the_networks():
+    """log sd = log 0.2 in every state."""
+    ours = policy()
+    head = ours.network[-1]
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([0.3, -0.1, np.log(0.2), np.log(0.2)]))
+    observation = np.zeros((4000, 28), np.float32)
+    np.testing.assert_allclose(ours.act(observation[:1]), [[0.3, -0.1]], atol=1e-6)
+    drawn = ours.act(observation, np.random.default_rng(0))
+    np.testing.assert_allclose(drawn.mean(0), [0.3, -0.1], atol=0.02)
+    np.testing.assert_allclose(drawn.std(0), [0.2, 0.2], atol=0.02)
+
+
+def _without(key):
+    def change(text):
+        found = json.loads(text)
+        del found[key]
+        return json.dumps(found)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda text: "not json", "is not an exported policy"),
+        (lambda text: text.replace("ssl2rl-tuning-policy", "other"), "format 'other'"),
+        (lambda text: text.replace('"format_version": 1', '"format_version": 9'), "update ssl2rl"),
+        (lambda text: text.replace('"cell_ratio"', '"cell"'), "learned from other outputs"),
+        (_without("hidden_sizes"), "damaged"),
+        (lambda text: text.replace('"min_snr"', '"snr"'), "damaged: tunables: 'snr'"),
+        (lambda text: text.replace("8,", "9,"), "weights and description differ"),
+    ],
+)
+def test_a_damaged_policy_is_refused_with_the_reason(tmp_path, change, says):
+    policy().save(tmp_path)
+    path = tmp_path / "policy.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(PolicyError, match=says):
+        TuningPolicy.load(tmp_path)
+
+
+def test_a_policy_tunes_what_it_learned_to_and_nothing_else():
+    e = draw_experiments(np.random.default_rng(0), "normal", 3)
+    bench = SurrogateBench(e, Sample.draw(np.random.default_rng(1), 3, 30))
+    trace = tune(bench, RULES, policy().make, num_evaluations=7, rng=np.random.default_rng(0))
+    assert trace.unit.shape == (7, 3, 2)
+    with pytest.raises(PolicyError, match="policy ppo tunes min_snr, clen_offset_percent"):
+        tune(bench, TuningConfig(), policy().make, num_evaluations=2, rng=np.random.default_rng(0))
+
+
+def test_it_acts_without_ray(tmp_path):
+    policy().save(tmp_path)
+    code = (
+        "import sys; from ssl2rl_ray.tuning.policy import TuningPolicy; import numpy as np\n"
+        f"TuningPolicy.load({str(tmp_path)!r}).act(np.zeros((1, 28)))\n"
+        "assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_advantages_by_hand():
+    """Two steps, discount 0.5, lambda 0.5: the second error is 3 - 2, the first 1 + 1 - 1."""
+    from ssl2rl_ray.tuning.ppo import advantages
+
+    got = advantages(np.array([[1.0], [3.0]]), np.array([[1.0], [2.0]]), 0.5, 0.5)
+    np.testing.assert_allclose(got, [[1.25], [1.0]])
+    with pytest.raises(ValueError, match="must be"):
+        advantages(np.zeros(3), np.zeros(3), 0.9, 0.9)
+
+
+SMALL = [
+    "kind=crystfel",
+    "env.num_steps=5",
+    "env.num_frames=40",
+    "env.tunables=[min_snr, clen_offset_percent]",
+    "experiments.pool_size=32",
+    "training.num_envs=16",
+    "training.num_env_steps=240",
+    "training.evaluation_interval_steps=160",
+    "training.num_validation_experiments=8",
+    "algorithm.hidden_sizes=[16, 16]",
+    "algorithm.num_epochs=2",
+]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("action", ["continuous", "discrete"])
+def test_a_run_trains_stops_and_goes_on(tmp_path, action):
+    from ssl2rl_ray.config import load_config
+    from ssl2rl_ray.launch import run_config
+    from ssl2rl_ray.runs import RunDirectory
+
+    rows = []
+    config = load_config(None, [*SMALL, f"env.action={action}"])
+
+    def stop(row):
+        rows.append(row)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_config(config, tmp_path / "run", progress=stop)
+    assert rows[0]["num_env_steps"] == 160
+    summary = run_config(config, tmp_path / "run", resume=True, progress=rows.append)
+    assert summary["num_env_steps"] == 240 and summary["num_updates"] == 3
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.metrics()["num_env_steps"].tolist() == [160, 240]
+    found = TuningPolicy.load(tmp_path / "run")
+    assert found.config == config.env
+    # what was exported is what RLlib would do
+    state = torch.load(run.best / "state.pt", weights_only=True)["module"]
+    head = next(v for k, v in state.items() if k.startswith("pi.") and k.endswith("bias"))
+    torch.testing.assert_close(found.network[-1].bias, head)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_exported_network_is_rllibs(tmp_path):
+    import functools
+
+    from ray.rllib.core import DEFAULT_MODULE_ID
+    from ray.rllib.core.columns import Columns
+
+    from envs.crystfel.env import action_space, observation_space
+    from ssl2rl_ray.config import load_config
+    from ssl2rl_ray.local_ray import local_ray
+    from ssl2rl_ray.tuning.ppo import build
+    from ssl2rl_ray.tuning.train import policy_of, training_env
+
+    config = load_config(None, SMALL)
+    with local_ray(1):
+        algorithm = build(
+            config.algorithm,
+            config.training,
+            make_env=functools.partial(training_env, config),
+            single_observation_space=observation_space(config.env),
+            single_action_space=action_space(config.env),
+            num_steps=config.env.num_steps,
+            seed=0,
+        )
+        algorithm.train()
+        observation = np.random.default_rng(0).normal(size=(6, 28)).astype(np.float32)
+        module = algorithm.learner_group._learner.module[DEFAULT_MODULE_ID]
+        with torch.no_grad():
+            theirs = module.forward_inference({Columns.OBS: torch.as_tensor(observation)})
+        ours = policy_of(algorithm.network_state(), config)
+        with torch.no_grad():
+            got = ours.network(torch.as_tensor(observation))
+        algorithm.stop()
+    torch.testing.assert_close(got, theirs[Columns.ACTION_DIST_INPUTS])
+
+
+# ---- comparison ----------------------------------------------------------------------------------
+
+
+def test_contestants_by_name_and_folder(tmp_path):
+    policy().save(tmp_path)
+    assert list(contestants(["rules"], [str(tmp_path)])) == ["rules", "ppo"]
+    assert list(contestants([], [str(tmp_path)] * 2)) == ["ppo-1", "ppo-2"]
+    with pytest.raises(ValueError, match="no rival is called 'rule'"):
+        contestants(["rule"])
+
+
+def test_simulated_experiments_are_compared_at_equal_frames():
+    arenas = simulated("normal", 6, 50, seed=3)
+    found = compare(
+        arenas,
+        {name: RIVALS[name] for name in ("keep-initial", "rules")},
+        TuningConfig(num_frames=50),
+        budget_frames=1000,
+        num_first_frames=20,
+        best=best_of_simulated(arenas),
+    )
+    assert found.budgets[0] == 50 and found.budgets[-1] == 1000
+    assert found.reached["rules"].shape == (6, len(found.budgets))
+    start = true_fraction(arenas[0].bench.experiments, arenas[0].bench.start)
+    np.testing.assert_array_equal(found.reached["keep-initial"][:, -1], start)
+    assert found.reached["rules"][:, -1].mean() > 1.5 * start.mean()
+    document = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert document["contestants"]["keep-initial"]["frames_to_95"] is None
+    text = format_comparison(document)
+    assert "keep-initial" in text and "never" in text
+    assert draw_comparison(document)[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(ValueError, match="budget_frames: 90 is spent"):
+        compare(arenas, {}, TuningConfig(num_frames=50), budget_frames=90)
+
+
+def test_a_real_experiment_is_judged_on_frames_that_nobody_tuned_on():
+    indexer = SurrogateIndexer(nominal_experiment(), num_frames=100)
+    seen = []
+
+    class Watched:
+        version = indexer.version
+
+        def run(self, parameters, frames):
+            seen.append((parameters, set(frames)))
+            return indexer.run(parameters, frames)
+
+    arenas = real(
+        Watched(), indexer.frames, Parameters(min_snr=9, clen_offset_percent=3),
+        num_seeds=2, num_frames=40, num_judged=50, seed=1,
+    )  # fmt: skip
+    found = compare(
+        arenas,
+        {"keep-initial": RIVALS["keep-initial"], "rules": RIVALS["rules"]},
+        TuningConfig(num_frames=40),
+        budget_frames=400,
+        num_first_frames=None,
+    )
+    tuned = {frame for _, frames in seen if len(frames) == 40 for frame in frames}
+    for arena in arenas:
+        assert isinstance(arena, Arena)
+        sample = set(arena.bench.frames)
+        judges = [frames for _, frames in seen if len(frames) == 50]
+        assert len(sample) == 40 and sample <= tuned
+        assert any(not sample & frames for frames in judges)
+    assert found.reached["rules"][:, -1].mean() > found.reached["keep-initial"][:, -1].mean()
+    with pytest.raises(ValueError, match="the experiment has 100"):
+        real(indexer, indexer.frames, Parameters(), num_seeds=1, num_frames=80, num_judged=30,
+             seed=0)  # fmt: skip
+
+
+def test_the_best_is_no_less_than_the_defaults_at_the_right_geometry():
+    from envs.crystfel.surrogate import at_optimum
+
+    e = draw_experiments(np.random.default_rng(1), "normal", 20)
+    assert (best_fraction(e, 400) >= true_fraction(e, at_optimum(e), 400)).all()
