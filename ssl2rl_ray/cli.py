@@ -513,6 +513,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     """All commands and their options."""
+    from ssl2rl_ray.online.commands import add_commands as add_online_commands
     from ssl2rl_ray.tuning.commands import add_commands
 
     root = argparse.ArgumentParser(
@@ -706,6 +707,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     add_commands(sfx_command)
+    add_online_commands(sfx_command)
 
     sub = commands.add_parser("config", help="look at a config")
     kinds = sub.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -31,7 +31,7 @@ import numpy as np
 
 from envs.crystfel.experiment import Experiment
 from envs.crystfel.indexer import IndexerError
-from envs.crystfel.sfx.formats import FormatError, Geometry, tuned_geometry_text
+from envs.crystfel.sfx.formats import HC_EV_A, FormatError, Geometry, tuned_geometry_text
 from envs.crystfel.sfx.spots import mean_offsets, spot_offsets
 from envs.crystfel.sfx.stream import StreamChunk, read_stream, slab_positions
 from envs.crystfel.types import FloatArray, Frame, IndexingResult, Parameters, UnitCell
@@ -114,8 +114,8 @@ class Indexamajig:
         match = re.search(r"CrystFEL: ((\d+)\.(\d+)\S*)", ended.log)
         if ended.code != 0 or match is None:
             raise IndexerError(
-                f"{self._found} --version {_ending(ended.code)} and does not name a CrystFEL "
-                f"version; is it CrystFEL's indexamajig?{_tail(ended.log)}"
+                f"{self._found} --version {_ending(ended.code)}, and does not name a CrystFEL "
+                f"version: is it CrystFEL's indexamajig?{_tail(ended.log)}"
             )
         if (int(match[2]), int(match[3])) < OLDEST_VERSION:
             raise IndexerError(
@@ -138,7 +138,7 @@ class Indexamajig:
     def command(
         self, parameters: Parameters, *, frames: str, geometry: str, stream: str
     ) -> tuple[str, ...]:
-        """The command line as a list, to run or to paste (``shlex.join``).
+        """The command line as a list, to run or to paste (``shlex.join``), here or elsewhere.
 
         Args:
             parameters: peak search; the offsets of the geometry are in the ``.geom`` file
@@ -156,7 +156,7 @@ class Indexamajig:
             "min-peaks": parameters.min_peaks,
         }
         return (
-            self._found,
+            os.path.abspath(found) if (found := shutil.which(self.executable)) else self.executable,
             f"--input={frames}",
             f"--output={stream}",
             f"--geometry={geometry}",
@@ -383,6 +383,8 @@ def _printable(text: str) -> str:
 
 
 def _ending(code: int) -> str:
+    if code == 0:
+        return "ended well"
     if code < 0:
         try:
             name = signal.Signals(-code).name
@@ -486,7 +488,8 @@ def check_counts(
     if not final:
         raise IndexerError(f"indexamajig ended well without its `Final:` line{_tail(log)}")
     done = [list_line(chunk.frame) for chunk in chunks]
-    if len(set(done)) < len(done):
+    is_done = set(done)
+    if len(is_done) < len(done):
         twice = next(line for line in done if done.count(line) > 1)
         raise IndexerError(f"the stream has frame {twice} more than once")
     if foreign := [line for line in done if line not in asked]:
@@ -494,7 +497,7 @@ def check_counts(
             f"the stream has {_some(foreign)}, which nobody asked for; a file with several images "
             "needs list lines such as `file.h5 //0`"
         )
-    if missing := [line for line in asked if line not in set(done)]:
+    if missing := [line for line in asked if line not in is_done]:
         words = [
             line for line in log.splitlines() if any(f.split(" //")[0] in line for f in missing[:3])
         ]
@@ -515,6 +518,8 @@ def check_counts(
     if said != found:
         both = (", ".join(f"{n} {w}" for n, w in zip(c, names, strict=True)) for c in (said, found))
         raise IndexerError("its `Final:` line says {}, and its stream has {}".format(*both))
+    if any(chunk.crystals and not chunk.is_hit for chunk in chunks):
+        raise IndexerError("the stream has a crystal in a frame that is no hit")
     if peaks == "peakfinder9" and not any(chunk.num_peaks for chunk in chunks):
         raise IndexerError(
             "peakfinder9 found 0 peaks in every frame, as it does where CrystFEL was built "
@@ -589,5 +594,6 @@ def _residuals(chunks: Sequence[StreamChunk], geometry: Geometry) -> tuple[float
     owner = np.repeat(np.arange(len(pairs)), [len(panel) for *_, panel in places])
     fs, ss, panel = (np.concatenate(column) for column in zip(*places, strict=True))
     reciprocal = np.array([crystal.reciprocal_per_A for _, crystal in pairs])[owner]
-    offsets_m = spot_offsets(geometry.positions_m(fs, ss, panel), reciprocal, geometry.wavelength_A)
+    wavelength_A = HC_EV_A / np.array([chunk.photon_energy_eV for chunk, _ in pairs])[owner, None]
+    offsets_m = spot_offsets(geometry.positions_m(fs, ss, panel), reciprocal, wavelength_A)
     return mean_offsets(offsets_m * geometry.res_per_m[panel, None], owner, len(pairs))

@@ -1,0 +1,1 @@
+"""A tuner beside a running pipeline, and what to do when nothing indexes (SFX)."""
