@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shlex
 import shutil
 import stat
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 from envs.crystfel.experiment import Experiment, read_experiment
 from envs.crystfel.indexamajig import Indexamajig, check_understood, list_line
 from envs.crystfel.indexer import IndexerError
-from envs.crystfel.sfx.formats import parse_geometry
+from envs.crystfel.sfx.formats import parse_geometry, read_images
 from envs.crystfel.sfx.simulate import simulate
 from envs.crystfel.types import Frame, ParameterError, Parameters
 
@@ -553,6 +555,26 @@ def test_real_missing_files_are_named(real, simulated):
         real.run(simulated.nominal, [gone])
     with pytest.raises(IndexerError, match="processed no frame"):  # of 40 images, none named
         real.run(simulated.nominal, [Frame(path=simulated.frames[0].path)])
+
+
+@needs_crystfel
+def test_real_files_with_one_image_each(real, simulated, tmp_path):
+    text = simulated.geometry_path.read_text()
+    lines = [line for line in text.splitlines() if not re.search(r"dim\d|data =|mask", line)]
+    lines = [*lines[:2], "data = /image", *lines[2:]]
+    (tmp_path / "experiment.geom").write_text("\n".join(lines) + "\n")
+    shutil.copy(simulated.cell_path, tmp_path)
+    images = read_images(simulated.geometry, simulated.frames[:5])
+    for n, image in enumerate(images):
+        with h5py.File(tmp_path / f"{n}.h5", "w") as file:
+            file["image"] = image
+    (tmp_path / "frames.lst").write_text("".join(f"{n}.h5\n" for n in range(5)))
+    experiment = read_experiment(tmp_path)
+    result = dataclasses.replace(real, experiment=experiment).run(
+        simulated.nominal, experiment.frames
+    )
+    same = real.run(simulated.nominal, simulated.frames[:5])
+    assert result.num_peaks.tolist() == same.num_peaks.tolist()
 
 
 @needs_crystfel

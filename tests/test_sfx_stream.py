@@ -208,6 +208,7 @@ def test_what_we_write_is_read_back(tmp_path_factory, wanted):
         ("cstar = +0.1946609 +0.0996493 -0.1465014", "cstar = 0 0 0", "do not span space"),
         ("bstar", "dstar", "needs cell parameters, astar"),
         ("photon_energy_eV = 9300.000000", "photon_energy_eV = a lot", "must be a number"),
+        ("photon_energy_eV = 9300.000000", "photon_energy_eV = 0", "no photon energy"),
         ("----- Begin chunk -----\n", "", "outside a chunk|within"),
     ],
 )

@@ -15,7 +15,7 @@ PAIRED = 0.25
 
 
 def spot_offsets(
-    positions_m: FloatArray, reciprocal_per_A: FloatArray, wavelength_A: float
+    positions_m: FloatArray, reciprocal_per_A: FloatArray, wavelength_A: float | FloatArray
 ) -> FloatArray:
     """Observed minus predicted position of peaks, for the lattice of their frame.
 
@@ -26,7 +26,7 @@ def spot_offsets(
     Args:
         positions_m: (n, 3) x, y, z of the peaks in the laboratory (z along the beam).
         reciprocal_per_A: (3, 3) or (n, 3, 3), rows a*, b*, c*, 1/Å.
-        wavelength_A: Å.
+        wavelength_A: Å; one, or (n, 1).
 
     Returns:
         (n, 2) x, y in m; NaN for peaks that do not belong to the lattice.

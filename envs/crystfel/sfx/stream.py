@@ -262,13 +262,16 @@ def _chunk(reader: _Lines) -> StreamChunk:
     hit = _integer(values, "hit", at)
     if hit not in (0, 1):
         raise FormatError(f"{values['hit'][1]}: expected hit = 0 or 1, found {hit}")
+    energy = _number(values, "photon_energy_eV", at)
+    if not 1 < energy < 1e9:
+        raise FormatError(f"{values['photon_energy_eV'][1]}: {energy:g} eV is no photon energy")
     event = values["Event"][0] if "Event" in values else ""
     return StreamChunk(
         frame=Frame(path=name, event="" if event == "//" else event),
         serial=_integer(values, "Image serial number", at),
         is_hit=bool(hit),
         indexed_by=_value(values, "indexed_by", at)[0],
-        photon_energy_eV=_number(values, "photon_energy_eV", at),
+        photon_energy_eV=energy,
         clen_m=_number(values, "average_camera_length", at, math.nan),
         num_peaks=num_peaks,
         peaks=peaks,
