@@ -512,6 +512,7 @@ def test_real_nominal(real, simulated):
     assert 0.5 < result.cpu_s < 60
 
 
+@pytest.mark.slow
 @needs_crystfel
 def test_real_frames_keep_the_callers_order(real, simulated):
     frames = simulated.frames[::-2]
@@ -521,6 +522,7 @@ def test_real_frames_keep_the_callers_order(real, simulated):
     assert (result.is_indexed == forward.is_indexed[::-2]).mean() > 0.9
 
 
+@pytest.mark.slow
 @needs_crystfel
 def test_real_knobs_reach_the_program(real, simulated):
     frames = simulated.frames[:20]
@@ -535,6 +537,7 @@ def test_real_knobs_reach_the_program(real, simulated):
     assert none.num_hits == 0 and (none.num_peaks == start.num_peaks).all()
 
 
+@pytest.mark.slow
 @needs_crystfel
 def test_real_geometry_shows_in_the_cell_and_the_spots(real, simulated):
     far = real.run(simulated.nominal.replace(clen_offset_percent=2.0), simulated.frames)
