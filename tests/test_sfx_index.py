@@ -174,7 +174,7 @@ def test_the_order_of_the_peaks_is_kept():
 
 def test_significance_of_a_perfect_lattice():
     log10_p, log10_p_axis = significance(np.zeros((3, 1, 10)))
-    assert log10_p[0] == pytest.approx(10 * 3 * math.log10(0.16) + 8 + math.log10(4))
+    assert log10_p[0] == pytest.approx(10 * 3 * math.log10(0.16) + 10 + math.log10(4))
     np.testing.assert_allclose(log10_p_axis, 10 * math.log10(0.16) + math.log10(4))
 
 
@@ -183,7 +183,7 @@ def test_significance_is_binomial():
     away[:, 0, :7] = 0.05  # 7 of 20 peaks within 0.08
     log10_p, _ = significance(away)
     expected = binom.logsf(6, 20, 0.16**3) / math.log(10)
-    assert log10_p[0] == pytest.approx(expected + 8 + math.log10(4))
+    assert log10_p[0] == pytest.approx(expected + 10 + math.log10(4))
 
 
 def test_a_wrong_third_axis_is_seen():

@@ -11,6 +11,10 @@ it is significant against peaks that lie anywhere (binomial, corrected for the o
 along each axis on its own, where it explains most of the peaks, and where its cell is the known
 one, of the same symmetry. An agent that is rewarded for indexed frames would find any gap here.
 
+Where the assumed beam centre is off, all scattering vectors are, by the same amount: the lattice
+misses the origin. So each axis has an offset, q . t - offset is whole, and rows of four are
+(t, -offset) that multiply peaks (q, 1). The lattice that comes out is the best one *without* it.
+
 Shape letters: N peaks, D directions, L lengths, T candidate axes, M candidate lattices,
 S symmetries.
 """
@@ -38,7 +42,7 @@ what 5 % accepts there (measured on the same frames at 3 and 4 %).
 """
 ANGLE_TOLERANCE_DEG = 1.5
 """Of each angle (CrystFEL's default)."""
-MIN_EXPLAINED = 0.5
+MIN_EXPLAINED = 0.42
 """Share of the peaks within ``EXPLAINED_WITHIN`` of the lattice."""
 EXPLAINED_WITHIN = 0.25
 """Of a lattice spacing, along each axis."""
@@ -47,22 +51,28 @@ MAX_LOG10_P = -4.0
 MAX_LOG10_P_AXIS = -3.0
 """Of each axis, given the other two."""
 
-_LOG10_ORIENTATIONS = 8.0
-"""Orientations and cells that differ by more than the closeness tested, about 10^8."""
+_LOG10_TRIED = 10.0
+"""Orientations, cells and offsets that differ by more than the closeness tested, about 10^10."""
 _CLOSENESS = (0.08, 0.12, 0.18, 0.25)
 """Distances from a lattice point, in spacings, at which peaks are counted."""
 _MAX_ORDER = 10.0
 """Of the sought axis: peaks up to this order take part in the search."""
-_NUM_PEAKS = 80
-"""At most so many peaks of the lowest angles take part in the search,"""
+_NUM_NEAR, _NUM_MIDDLE, _NUM_FAR = 60, 80, 120
+_MIDDLE, _FAR = 1.4, 2.0
+"""At most so many peaks of the lowest angles take part in the search for an axis, so many up to
+1.4 times the angle in turning about it, so many up to twice the angle in ranking axes,"""
 _MIN_PEAKS = 25
 """and at least so many, where there are."""
 _LENGTHS = (0.96, 1.0, 1.04)
 """Of the sought axis over its length in the known cell: a wrong distance scales all."""
-_NUM_AXES = 160
+_NUM_AXES = 400
+_APART = 0.012
+"""Candidate axes that differ by less, in lengths of the axis, are one."""
 _NUM_LATTICES = 24
 _NUM_FINALISTS = 10
 _MAX_DIRECTIONS = 40_000
+_BLOCK = 512
+"""Directions at a time: what is small stays in the cache."""
 _FEWEST = 4
 """Peaks; fewer prove nothing."""
 _TURN = 2 * math.pi
@@ -87,6 +97,32 @@ class Crystal:
         return cell_parameters(self.basis_A[None])[0]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidates:
+    """The M lattices that fit best, believed or not."""
+
+    bases_A: FloatArray
+    """(M, 3, 3)"""
+    log10_p: FloatArray
+    """(M,) see ``significance``."""
+    log10_p_axis: FloatArray
+    """(3, M) see ``significance``."""
+    explained: FloatArray
+    """(M,) share of the peaks within ``EXPLAINED_WITHIN``."""
+    is_alike: BoolArray
+    """(M,) the cell is the known one within the tolerances."""
+
+    @cached_property
+    def is_believed(self) -> BoolArray:
+        """(M,) whether each can be believed."""
+        return (
+            (self.log10_p <= MAX_LOG10_P)
+            & (self.log10_p_axis.max(axis=0, initial=-np.inf) <= MAX_LOG10_P_AXIS)
+            & (self.explained >= MIN_EXPLAINED)
+            & self.is_alike
+        )
+
+
 def index_peaks(q_per_A: FloatArray, cell: KnownCell) -> Crystal | None:
     """Finds the crystal in a frame, if there is one.
 
@@ -98,26 +134,59 @@ def index_peaks(q_per_A: FloatArray, cell: KnownCell) -> Crystal | None:
     Returns:
         The most significant lattice; None where none can be believed.
     """
-    every = np.nan_to_num(np.asarray(q_per_A, dtype=np.float64))
-    q = _apart(every, cell)
-    if len(q) < _FEWEST:
+    q = np.nan_to_num(np.asarray(q_per_A, dtype=np.float64))
+    found = candidates(q, cell)
+    if not found.is_believed.any():
         return None
-    low = _lowest(q, cell)
-    axes = _find_axes(low, cell)
-    if not cell.has_flip:
-        axes = np.concatenate([axes, -axes])
-    bases = _turn(low, axes, cell)
-    if not len(bases):
-        return None
-    basis, log10_p = _best(_refine(bases, q, cell), q, cell)
-    if basis is None:
-        return None
-    whole, away = _orders(basis[None], every)
+    best = int(np.argmin(np.where(found.is_believed, found.log10_p, np.inf)))
+    basis = found.bases_A[best]
+    whole, away = _orders(basis[None], q)
     return Crystal(
         basis_A=basis,
         hkl=whole[:, 0].T.astype(np.int32),
         is_indexed=away[:, 0].max(axis=0) < EXPLAINED_WITHIN,
+        log10_p=float(found.log10_p[best]),
+    )
+
+
+def candidates(q_per_A: FloatArray, cell: KnownCell) -> Candidates:
+    """The lattices that fit the peaks best, with what there is to say for them.
+
+    Significance is judged with the offset; the bases that come out have none, and must explain the
+    peaks as they are.
+    """
+    q = _apart(q_per_A, cell)
+    q1 = np.column_stack([q, np.ones(len(q))])
+    lattices = np.zeros((0, 3, 4))
+    if len(q) >= _FEWEST:
+        near = _lowest(q1, cell.max_q_per_A, _NUM_NEAR)
+        middle = _lowest(q1, _MIDDLE * cell.max_q_per_A, _NUM_MIDDLE)
+        far = _lowest(q1, _FAR * cell.max_q_per_A, _NUM_FAR)
+        axes = _find_axes(near, far, cell)
+        if not cell.has_flip:
+            axes = np.concatenate([axes, -axes])
+        lattices = _turn(middle, axes, cell)
+    if not len(lattices):
+        none = np.zeros(0)
+        return Candidates(
+            bases_A=lattices[:, :, :3],
+            log10_p=none,
+            log10_p_axis=np.zeros((3, 0)),
+            explained=none,
+            is_alike=none > 0,
+        )
+    lattices = _refine(lattices, q1, cell)
+    whole, away = _orders(lattices, q1)
+    log10_p, log10_p_axis = significance(away)
+    is_close = away.max(axis=0) < EXPLAINED_WITHIN
+    bases = _fit(lattices[:, :, :3], whole, is_close, q, _pairs(q), cell)
+    _, away = _orders(bases, q)
+    return Candidates(
+        bases_A=bases,
         log10_p=log10_p,
+        log10_p_axis=log10_p_axis,
+        explained=(away.max(axis=0) < EXPLAINED_WITHIN).mean(axis=1),
+        is_alike=cell.is_alike(bases),
     )
 
 
@@ -184,7 +253,7 @@ class KnownCell:
         """(A, 2, 3) the two other axes, turned about the sought one by A angles."""
         others = np.delete(self.basis_A, self.axis, axis=0)
         along = self.basis_A[self.axis] / np.linalg.norm(self.basis_A[self.axis])
-        reach = np.linalg.norm(others, axis=1).max() * self.max_q_per_A
+        reach = np.linalg.norm(others, axis=1).max() * self.max_q_per_A * _MIDDLE
         turns = _TURN / self._fold
         number = max(4, math.ceil(turns / (2.0 / (_TURN * reach))))
         return others @ _about(along, turns * np.arange(number) / number).transpose(0, 2, 1)
@@ -263,122 +332,163 @@ def _apart(q: FloatArray, cell: KnownCell) -> FloatArray:
     return q[is_first]
 
 
-def _lowest(q: FloatArray, cell: KnownCell) -> FloatArray:
-    """The peaks (N', 3) of the lowest angles, as many as the search wants."""
-    length = np.linalg.norm(q, axis=1)
+def _lowest(q1: FloatArray, max_q_per_A: float, number: int) -> FloatArray:
+    """The peaks (N', 4) of angles up to a limit, or a few more; at most ``number``."""
+    length = np.linalg.norm(q1[:, :3], axis=1)
     order = np.argsort(length, kind="stable")
-    number = int((length <= cell.max_q_per_A).sum())
-    return q[order[: min(max(number, _MIN_PEAKS), _NUM_PEAKS)]]
+    num_below = int((length <= max_q_per_A).sum())
+    return q1[order[: min(max(num_below, _MIN_PEAKS), number)]]
 
 
-def _find_axes(q: FloatArray, cell: KnownCell) -> FloatArray:
-    """Candidates (T, 3) of the sought axis, Å, best first, no two close to each other."""
+def _find_axes(near: FloatArray, far: FloatArray, cell: KnownCell) -> FloatArray:
+    """Candidates (T, 4) of the sought axis, Å, and its offset; best first, none like another.
+
+    Found with the peaks that are near the beam, then refined and ranked with more.
+    """
     length = float(cell.parameters[cell.axis])
-    phase = (_TURN * length * q).astype(np.float32) @ cell.directions.T  # (N', D)
-    score = np.stack([np.cos(phase * np.float32(s)).sum(axis=0) for s in _LENGTHS])
+    turns = (_TURN * length * near[:, :3]).astype(np.float32)
+    every = np.ones((1, len(near)), dtype=np.float32)
+    score = np.empty((len(_LENGTHS), len(cell.directions)), dtype=np.float32)
+    for first in range(0, score.shape[1], _BLOCK):
+        phase = turns @ cell.directions[first : first + _BLOCK].T  # (N', block)
+        for k, scale in enumerate(_LENGTHS):
+            some = _coherence(phase * np.float32(scale), every)
+            score[k, first : first + _BLOCK] = some[0]
     best = np.argpartition(-score.ravel(), min(_NUM_AXES, score.size - 1))[:_NUM_AXES]
     scale, place = np.divmod(best, len(cell.directions))
     axes = cell.directions[place] * (length * np.array(_LENGTHS)[scale])[:, None]
-    axes = axes.astype(np.float64)
-    pairs = (q[:, :, None] * q[:, None, :]).reshape(len(q), 9)
-    for _ in range(2):
-        order = axes @ q.T
-        whole = np.rint(order)
-        weight = (np.abs(order - whole) < 0.25).astype(np.float64)
-        axes = _solve(weight, (weight * whole) @ q, axes[:, None], pairs)[:, 0]
-    ratio = np.linalg.norm(axes, axis=1) / length
-    score = np.cos(_TURN * (axes @ q.T)).sum(axis=1)
+    axes = _with_offset(axes.astype(np.float64), near, np.ones(len(near)))
+    for seen in (near, near, far, far):
+        whole, away = _orders(axes[:, None], seen)
+        weight = (away[0] < 0.25).astype(np.float64)
+        target = ((weight * whole[0]) @ seen)[:, None]
+        axes = _solve(weight, target, axes[:, None], _pairs(seen))[:, 0]
+    ratio = np.linalg.norm(axes[:, :3], axis=1) / length
+    score = np.cos(_TURN * (axes @ far.T)).sum(axis=1)
     score[np.abs(ratio - 1) > 1.6 * LENGTH_TOLERANCE] = -np.inf
-    order = np.argsort(-score, kind="stable")
+    order = np.argsort(-score, kind="stable")[: 4 * _NUM_LATTICES]
     axes, score = axes[order], score[order]
-    unit = axes / np.linalg.norm(axes, axis=1, keepdims=True)
-    is_close = np.abs(unit @ unit.T) > math.cos(math.radians(1.0))
+    t = axes[:, :3]
+    square = np.einsum("ti,ti->t", t, t)
+    apart = square[:, None] + square - 2 * np.abs(t @ t.T)
+    is_close = apart < (_APART * length) ** 2
     is_new = ~np.triu(is_close, 1).any(axis=0) & np.isfinite(score)
     return axes[is_new][:_NUM_LATTICES]
 
 
-def _turn(q: FloatArray, axes: FloatArray, cell: KnownCell) -> FloatArray:
-    """Bases (M, 3, 3) made of an axis and the two others at the angles that fit best."""
+def _turn(q1: FloatArray, axes: FloatArray, cell: KnownCell) -> FloatArray:
+    """Lattices (M, 3, 4) made of an axis and the two others at the angles that fit best."""
     if not len(axes):
-        return np.zeros((0, 3, 3))
-    along = cell.basis_A[cell.axis]
-    scale = np.linalg.norm(axes, axis=1) / np.linalg.norm(along)
-    to_axis = _from_to(along / np.linalg.norm(along), axes)  # (T, 3, 3)
-    own = np.einsum("ni,tij->tnj", q, to_axis) * scale[:, None, None]  # q in the cell's frame
+        return np.zeros((0, 3, 4))
+    along, t = cell.basis_A[cell.axis], axes[:, :3]
+    scale = np.linalg.norm(t, axis=1) / np.linalg.norm(along)
+    # Few peaks tell the length of a short axis badly, and the long ones are sensitive to it: each
+    # candidate is turned at the scale that it came out with, and at that of the known cell.
+    axes, t = np.tile(axes, (2, 1)), np.tile(t, (2, 1))
+    scale = np.concatenate([scale, np.ones_like(scale)])
+    to_axis = _from_to(along / np.linalg.norm(along), t)  # (T, 3, 3)
+    own = np.einsum("ni,tij->tnj", q1[:, :3], to_axis) * (_TURN * scale)[:, None, None]
+    own = own.astype(np.float32)  # 2 pi q in the cell's frame, (T, N', 3)
+    weight = np.maximum(np.cos(_TURN * (axes @ q1.T)), 0.0)  # (T, N')
+    row = weight[:, None].astype(np.float32)
     turned = cell.turned  # (A, 2, 3)
-    own = (_TURN * own).astype(np.float32)
-    fit = sum(np.cos(own @ turned[:, k].T.astype(np.float32)) for k in range(2))  # (T, N', A)
-    weight = np.maximum(np.cos(_TURN * (axes @ q.T)), 0.0).astype(np.float32)
-    score = np.matmul(weight[:, None, :], fit)[:, 0]  # (T, A)
+    columns = turned.transpose(1, 2, 0).astype(np.float32)
+    score = sum(_coherence(own @ columns[k], row)[:, 0] for k in range(2))  # (T, A)
     is_peak = (score >= np.roll(score, 1, axis=1)) & (score > np.roll(score, -1, axis=1))
     score = np.where(is_peak, score, -np.inf).ravel()
     best = np.argsort(-score, kind="stable")[:_NUM_LATTICES]
     which, angle = np.divmod(best[np.isfinite(score[best])], len(turned))
     others = np.einsum("mkj,mij->mki", turned[angle], to_axis[which]) * scale[which, None, None]
-    return np.insert(others, cell.axis, axes[which], axis=1)
+    first, second = (_with_offset(others[:, k], q1, weight[which]) for k in range(2))
+    return np.insert(np.stack([first, second], axis=1), cell.axis, axes[which], axis=1)
 
 
-def _refine(bases: FloatArray, q: FloatArray, cell: KnownCell) -> FloatArray:
+def _refine(lattices: FloatArray, q1: FloatArray, cell: KnownCell) -> FloatArray:
     """Least squares over the peaks close to each lattice, from low angles to high."""
-    length = np.linalg.norm(q, axis=1)
-    pairs = (q[:, :, None] * q[:, None, :]).reshape(len(q), 9)
+    length = np.linalg.norm(q1[:, :3], axis=1)
+    pairs = _pairs(q1)
     highest = max(float(length.max()), cell.max_q_per_A)
     for reach in (*np.linspace(cell.max_q_per_A, highest, 4), highest):
-        whole, away = _orders(bases, q)
-        is_close = away.max(axis=0) < EXPLAINED_WITHIN
-        weight = (is_close & (length <= reach)).astype(np.float64)
-        target = ((weight * whole) @ q).transpose(1, 0, 2)
-        bases = cell.symmetrised(_solve(weight, target, bases, pairs))
-        if len(bases) > _NUM_FINALISTS:
+        whole, away = _orders(lattices, q1)
+        weight = (away.max(axis=0) < EXPLAINED_WITHIN) & (length <= reach)
+        lattices = _fit(lattices, whole, weight, q1, pairs, cell)
+        if len(lattices) > _NUM_FINALISTS:
             score = np.cos(_TURN * away).sum(axis=0)[:, length <= reach].sum(axis=1)
-            bases = bases[np.argsort(-score, kind="stable")[:_NUM_FINALISTS]]
-    return bases
+            lattices = lattices[np.argsort(-score, kind="stable")[:_NUM_FINALISTS]]
+    return lattices
 
 
-def _orders(bases: FloatArray, q: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _fit(
+    lattices: FloatArray,
+    whole: FloatArray,
+    weight: NDArray[np.floating | np.bool_],
+    q: FloatArray,
+    pairs: FloatArray,
+    cell: KnownCell,
+) -> FloatArray:
+    """Lattices (M, 3, 3 or 4) whose peaks (N, 3 or 4) have these orders, of the cell's symmetry."""
+    weight = weight.astype(np.float64)
+    target = ((weight * whole) @ q).transpose(1, 0, 2)
+    fitted = _solve(weight, target, lattices, pairs)
+    fitted[:, :, :3] = cell.symmetrised(fitted[:, :, :3])
+    return fitted
+
+
+def _orders(lattices: FloatArray, q: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Nearest lattice point of each peak, and the distance from it: (3, M, N) each."""
-    order = bases.transpose(1, 0, 2) @ q.T
+    order = lattices.transpose(1, 0, 2) @ q.T
     whole = np.rint(order)
     return whole, np.abs(order - whole)
+
+
+def _coherence(phase: FloatArray, weight: FloatArray) -> FloatArray:
+    """How well phases (..., N, D) agree, best on 0, but also on another value.
+
+    Args:
+        phase: (..., N, D).
+        weight: (..., 1, N).
+
+    Returns:
+        (..., 1, D).
+    """
+    cos, sin = weight @ np.cos(phase), weight @ np.sin(phase)
+    return np.hypot(cos, sin) + cos
+
+
+def _with_offset(axes: FloatArray, q1: FloatArray, weight: FloatArray) -> FloatArray:
+    """Axes (T, 4) with the offset that makes the orders of the peaks whole on the mean."""
+    phase = _TURN * (axes @ q1[:, :3].T)
+    cos, sin = (weight * np.cos(phase)).sum(axis=-1), (weight * np.sin(phase)).sum(axis=-1)
+    return np.concatenate([axes, -np.arctan2(sin, cos)[:, None] / _TURN], axis=1)
+
+
+def _pairs(q: FloatArray) -> FloatArray:
+    """(N, k^2) the outer products of the rows (N, k) with themselves."""
+    return (q[:, :, None] * q[:, None, :]).reshape(len(q), -1)
 
 
 def _solve(
     weight: FloatArray, target: FloatArray, before: FloatArray, pairs: FloatArray
 ) -> FloatArray:
-    """Rows t (M, r, 3) that make q . t whole, drawn a little towards what they were.
+    """Rows t (M, r, k) that make q . t whole, drawn a little towards what they were.
 
-    The draw holds what few peaks leave open, such as the length along the beam.
+    The draw holds what few peaks leave open, such as the length along the beam; an offset is
+    drawn to nothing.
 
     Args:
         weight: (M, N).
-        target: (M, r, 3), or (M, 3) with r = 1: the weighted sum of order x q.
-        before: (M, r, 3).
-        pairs: (N, 9) the outer products of q.
+        target: (M, r, k) the weighted sums of order x q.
+        before: (M, r, k).
+        pairs: (N, k^2) of the q.
     """
-    ridge = 0.0025  # (0.1 of an order / 2 Å)^2
-    normal = (weight @ pairs).reshape(-1, 3, 3) + ridge * np.eye(3)
-    right = target.reshape(before.shape) + ridge * before
+    k = before.shape[-1]
+    draw = np.array([0.0025, 0.0025, 0.0025, 0.1][:k])  # (0.1 of an order / 2 Å, / 0.3)^2
+    normal = (weight @ pairs).reshape(-1, k, k) + np.diag(draw)
+    right = target + draw * before * (np.arange(k) < 3)
     return np.linalg.solve(normal, right.transpose(0, 2, 1)).transpose(0, 2, 1)
 
 
 # ------------------------------------------------------------------------------ the test
-
-
-def _best(bases: FloatArray, q: FloatArray, cell: KnownCell) -> tuple[FloatArray | None, float]:
-    """The most significant of the lattices that can be believed, and its significance."""
-    _, away = _orders(bases, q)
-    log10_p, log10_p_axis = significance(away)
-    explained = (away.max(axis=0) < EXPLAINED_WITHIN).mean(axis=1)
-    is_believed = (
-        (log10_p <= MAX_LOG10_P)
-        & (log10_p_axis.max(axis=0) <= MAX_LOG10_P_AXIS)
-        & (explained >= MIN_EXPLAINED)
-        & cell.is_alike(bases)
-    )
-    if not is_believed.any():
-        return None, 0.0
-    best = int(np.argmin(np.where(is_believed, log10_p, np.inf)))
-    return bases[best], float(log10_p[best])
 
 
 def significance(away: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -406,7 +516,7 @@ def significance(away: FloatArray) -> tuple[FloatArray, FloatArray]:
         axis.append(_log10_tail(all_three, other_two, 2 * t))
     tried = math.log10(len(_CLOSENESS))
     return (
-        np.min(whole, axis=0) + _LOG10_ORIENTATIONS + tried,
+        np.min(whole, axis=0) + _LOG10_TRIED + tried,
         np.min(axis, axis=0) + tried,
     )
 
