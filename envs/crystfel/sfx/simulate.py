@@ -77,7 +77,7 @@ class Preset:
     photon_energy_eV: float = 9300.0
     photon_energy_jitter: float = 0.0015
     """Standard deviation between shots, of the energy."""
-    adu_per_photon: float = 2.0
+    adu_per_photon: float = 2.2
     read_noise_photons: float = 0.3
     charge_sharing: float = 0.4
     """Amplitude of noise that a pixel gives to its neighbours: why noise makes peaks of two px."""
@@ -89,9 +89,9 @@ class Preset:
     cell: UnitCell = LYSOZYME
     hit_rate: float = 0.7
     second_crystal_rate: float = 0.04
-    scale_photons: float = 125.0
+    scale_photons: float = 135.0
     """Of a full reflection of mean intensity at low resolution, in the median crystal."""
-    scale_sigma: float = 0.9
+    scale_sigma: float = 1.0
     """Standard deviation of the logarithm of a crystal's scale."""
     b_factor_A2: float = 20.0
     resolution_A: float = 1.8
@@ -110,9 +110,9 @@ class Preset:
     """Single pixels with a signal of their own, in the mean frame."""
     flicker_photons: float = 12.0
     """Mean of their exponential distribution."""
-    num_grains: float = 60000.0
+    num_grains: float = 110000.0
     """Faint grains of the background (scattering of solvent and jet) in the mean frame."""
-    grain_strength: float = 2.5
+    grain_strength: float = 2.75
     """Of a grain's brightest pixel, in standard deviations of the noise around it."""
     num_blobs: float = 8.0
     """Bright blobs that are no reflections, in the mean frame."""
@@ -152,7 +152,7 @@ PRESETS: dict[str, Preset] = {
         background_photons=18.0,
         ring_photons=16.0,
         background_sigma=0.5,
-        grain_strength=2.8,
+        grain_strength=3.0,
         num_flickering=2000.0,
         num_blobs=20.0,
         gain_error=0.05,
