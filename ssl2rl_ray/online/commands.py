@@ -238,4 +238,40 @@ def _assignments(texts: list[str], option: str) -> dict[str, float]:
 
 def diagnose(args: argparse.Namespace, progress: Progress) -> Result:
     """``sfx diagnose``: see ``ssl2rl_ray.online.diagnose``."""
-    raise NotImplementedError
+    from pathlib import Path
+
+    import numpy as np
+
+    from envs.crystfel.experiment import read_experiment
+    from envs.crystfel.indexer import IndexerError
+    from envs.crystfel.sfx.pipeline import EmbeddedIndexer
+    from ssl2rl_ray.online import diagnose as diagnosing
+    from ssl2rl_ray.online.picture import draw_frame
+
+    if args.frames < 1:
+        raise ValueError(f"--frames: must be 1 or more, found {args.frames}")
+    experiment = read_experiment(
+        args.data, geometry=args.geometry, cell=args.cell, frames=args.list
+    )
+    parameters = experiment.nominal.replace(**_assignments(args.set, "--set"))
+    at = np.unique(np.linspace(0, len(experiment.frames) - 1, args.frames).astype(int))
+    frames = [experiment.frames[i] for i in at]
+    search = EmbeddedIndexer(experiment)
+    is_embedded = args.backend == "embedded"
+    indexer: Any = (
+        search if is_embedded else backend(args.backend, experiment, args.processes, None)
+    )
+    try:
+        found = diagnosing.diagnose(
+            indexer, experiment, parameters, frames, search=search, on_step=progress
+        )
+        text = diagnosing.format_diagnosis(found, args.data)
+        if args.figure:
+            best = int(np.argmax(found.after.num_peaks * (1 + 1000 * found.after.is_indexed)))
+            png = draw_frame(search, experiment, found.proposed, frames[best])
+            Path(args.figure).write_bytes(png)
+            text += f"\n{args.figure}: {frames[best]} with its peaks"
+    except IndexerError as error:
+        raise ValueError(str(error)) from error
+    result = found.as_json() | {"figure": args.figure, "backend": args.backend}
+    return result, text

@@ -44,6 +44,9 @@ from envs.crystfel.types import (
     concatenate,
 )
 
+MIN_CRYSTALS = 15
+"""Indexed frames without which the mean cell and the mean shift of the spots say little."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
@@ -653,6 +656,8 @@ def _drift(config: OnlineConfig, before: Level, recent: Sequence[Batch]) -> str:
     p, q = before.num_indexed / before.num_frames, now.num_indexed / now.num_frames
     if variance > 0 and (p - q) / math.sqrt(variance) > config.drift_z:
         return f"indexed fraction {p:.3f} -> {q:.3f}"
+    if min(before.num_indexed, now.num_indexed) < MIN_CRYSTALS:
+        return ""
     cell = 100 * (now.cell_ratio - before.cell_ratio)
     if abs(cell) > config.drift_cell_percent:  # never for NaN
         return f"fitted cell {cell:+.2f} %"
