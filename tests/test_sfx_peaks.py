@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.crystfel.sfx.peaks import MAX_PEAKS, Peaks, _rings, find_peaks, pixel_map
+from envs.crystfel.sfx.peaks import MAX_PEAKS, Peaks, _brighter, _rings, find_peaks, pixel_map
 from envs.crystfel.types import Parameters
 
 SIDE = 64
@@ -56,21 +56,36 @@ def test_rings_are_those_of_the_plain_recipe(seed, snr):
     image[rng.integers(0, SIDE, 40), rng.integers(0, SIDE, 40)] += rng.exponential(200, 40)
     image[3, 5] = np.nan
     pixels = pixel_map(radius(), one_panel())
-    x = image.ravel()[pixels.order]
     parameters = Parameters(min_snr=snr, threshold_adu=10)
-    mean, high, bright = _rings(x, pixels, parameters)
+    mean, high = _rings(image.ravel(), pixels, parameters)
+    bright = _brighter(image.ravel(), high, pixels)
     expected_mean, expected_high = brute_force_rings(image, radius().astype(int), snr, 10)
     np.testing.assert_allclose(mean, expected_mean, rtol=1e-5)
     np.testing.assert_allclose(high, expected_high, rtol=1e-4)
     is_above = image > expected_high[radius().astype(int)] * (1 + 1e-4)
-    assert set(np.flatnonzero(is_above)) <= set(pixels.order[bright])
+    np.testing.assert_array_equal(bright, np.flatnonzero(is_above))
+
+
+def test_large_rings_are_told_by_some_of_their_pixels():
+    side = 500
+    image = noise(5, side)
+    pixels = pixel_map(radius(side, side / 2), one_panel(side))
+    assert len(pixels.order) < 0.5 * side**2
+    mean, high = _rings(image.ravel(), pixels, Parameters(min_snr=4))
+    expected_mean, expected_high = brute_force_rings(
+        image, radius(side, side / 2).astype(int), 4, 20
+    )
+    large = slice(50, 240)
+    np.testing.assert_allclose(mean[large], expected_mean[large], atol=1.0)
+    np.testing.assert_allclose(high[large] - 100, expected_high[large] - 100, rtol=0.2)
+    assert abs((high - expected_high)[large].mean()) < 0.15
 
 
 def test_a_hot_pixel_does_not_swamp_the_sums():
     image = noise().astype(np.float32)
     image[10, 10] = 1e7
     pixels = pixel_map(radius(), one_panel())
-    _, high, _ = _rings(image.ravel()[pixels.order], pixels, Parameters())
+    _, high = _rings(image.ravel(), pixels, Parameters())
     ring = int(radius()[10, 10])
     assert 110 < high[ring] < 125  # 100 + 5 x 3, give or take the noise of the ring
 
@@ -176,9 +191,9 @@ def test_a_constant_image_has_no_peaks(value):
 
 
 def test_not_more_than_the_limit_and_the_brightest():
-    side = 300
+    side = 400
     image = noise(1, side, sigma=1)
-    rows, columns = np.mgrid[2 : side - 2 : 5, 2 : side - 2 : 5]
+    rows, columns = np.mgrid[3 : side - 3 : 7, 3 : side - 3 : 7]
     image[rows, columns] += np.arange(rows.size).reshape(rows.shape) + 500
     pixels = pixel_map(radius(side, side / 2), one_panel(side))
     parameters = Parameters(min_pix_count=1, min_snr=1, local_bg_radius_px=1)

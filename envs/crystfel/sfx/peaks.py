@@ -1,19 +1,22 @@
 """Peak finder: statistics of rings around the beam, connected pixels, local signal to noise.
 
 The recipe is that of Cheetah's ``peakfinder8`` (Barty et al., J. Appl. Cryst. 47 (2014) 1118,
-section 3.3), written from the paper for arrays: pixels are gathered ring by ring once, so that
-sums over rings are sums over slices, and what is above the threshold of its ring is a short list.
+section 3.3), written from the paper for arrays: pixels are gathered ring after ring, so that sums
+over rings are sums over slices, and what is above the threshold of its ring is a short list. Of
+large rings a part of the pixels is enough.
 
-Shape letters: R rows and C columns of the slab, n pixels searched, K rings, P peaks.
+Shape letters: R rows and C columns of the slab, K rings, P peaks.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -24,9 +27,13 @@ MAX_PEAKS = 2048
 """Of a frame; the brightest are kept. More are noise, and would cost time only."""
 NUM_CLIPPINGS = 5
 """Rounds of leaving out what is beyond ``min_snr`` of its ring (Cheetah's number)."""
-_RING_WIDTH_PX = 1.0
-_NUM_SAMPLES = 128
-"""Pixels of a ring that tell roughly where its threshold is: to 6 %."""
+_NUM_SAMPLES = 64
+"""Pixels of a ring that tell roughly where its threshold is: to 9 %."""
+_ENOUGH = 256
+"""Pixels that tell the statistics of a ring; of larger ones, up to three in four are left out."""
+_RUN = 16
+_BLOCK = 2**16
+"""Pixels that are worked on together, about."""
 _WORTH_A_LOOK = 0.7
 """Pixels beyond this share of the rough threshold are the ones that clipping may leave out."""
 
@@ -61,24 +68,27 @@ class Peaks:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PixelMap:
-    """Which pixels are searched, sorted by ring; made once per geometry."""
+    """Which pixels are searched, and of which ring they are; made once per geometry."""
 
     shape: tuple[int, int]
     """(R, C)"""
+    ring: IntArray
+    """(R * C,) which of the K rings each pixel belongs to; -1 = not searched."""
+    panel: IntArray
+    """(R * C,) panel of each pixel; -1 = not searched."""
     order: IntArray
-    """(n,) places on the flat slab, ring after ring."""
+    """(m,) the pixels that the statistics are made of, ring after ring: all of a small ring, every
+    second to fourth of a large one."""
     starts: IntArray
     """(K,) where each ring begins in ``order``."""
     counts: IntArray
-    """(K,) pixels of each ring."""
-    ring: IntArray
-    """(n,) ring of each pixel of ``order``."""
-    panel: IntArray
-    """(R * C,) panel of each pixel; -1 = not searched."""
-    place: IntArray
-    """(R * C,) where each pixel stands in ``order``; -1 = not searched."""
+    """(K,) how many of ``order`` are of each ring."""
     sample: IntArray
     """(K, S) places in ``order`` of some pixels of each ring, evenly spaced."""
+    blocks: tuple[slice, ...]
+    """Rings that are worked on together."""
+    run_ring: IntArray
+    """(R * C / 16,) innermost ring of each run of pixels; -1 = its rings are not close together."""
 
 
 def pixel_map(
@@ -99,30 +109,45 @@ def pixel_map(
     if radius_px.shape != panel.shape or radius_px.ndim != 2:
         raise ValueError("radius_px and panel must be (R, C) both")
     is_searched = (panel >= 0) & (radius_px >= min_res_px) & (radius_px <= max_res_px)
-    ring = (radius_px / _RING_WIDTH_PX).astype(np.int64).ravel()
     pixels = np.flatnonzero(is_searched)
     if not len(pixels):
         raise ValueError(
             f"no usable pixel between {min_res_px} and {max_res_px} px from the beam; the "
-            f"detector reaches from {radius_px.min():.0f} to {radius_px.max():.0f} px"
+            f"detector reaches from {np.nanmin(radius_px):.0f} to {np.nanmax(radius_px):.0f} px"
         )
-    order = pixels[np.argsort(ring[pixels], kind="stable")]
-    _, starts, inverse, counts = np.unique(
-        ring[order], return_index=True, return_inverse=True, return_counts=True
-    )
+    whole = np.floor(radius_px.ravel()[pixels]).astype(np.int64)
+    _, number, counts = np.unique(whole, return_inverse=True, return_counts=True)
+    ring = np.full(panel.size, -1, dtype=np.int32)
+    ring[pixels] = number
+    order = pixels[np.argsort(number, kind="stable")]
+    inside = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    order = order[inside % np.repeat(np.clip(counts // _ENOUGH, 1, 4), counts) == 0]
+    counts = np.bincount(ring[order])
+    starts = np.cumsum(counts) - counts
     share = np.linspace(0.0, 1.0, _NUM_SAMPLES, endpoint=False)
-    place = np.full(panel.size, -1, dtype=np.int64)
-    place[order] = np.arange(len(order))
+    edges = np.unique(np.searchsorted(starts, np.arange(0, len(order), _BLOCK)))
+    edges = [*edges[edges < len(starts)].tolist(), len(starts)]
     return PixelMap(
         shape=(panel.shape[0], panel.shape[1]),
+        ring=ring,
+        panel=np.where(is_searched, panel, -1).astype(np.int32).ravel(),
         order=order,
         starts=starts,
         counts=counts,
-        ring=inverse.astype(np.int32),
-        panel=np.where(is_searched, panel, -1).astype(np.int32).ravel(),
-        place=place,
         sample=starts[:, None] + (share * counts[:, None]).astype(np.int64),
+        blocks=tuple(slice(*ends) for ends in itertools.pairwise(edges)),
+        run_ring=_innermost(ring),
     )
+
+
+def _innermost(ring: IntArray) -> IntArray:
+    """Ring from which on the 16 rings are that all pixels of a run belong to; -1 = they do not.
+
+    Runs without a searched pixel count as of the last 16 rings: whatever is found is none.
+    """
+    runs = ring[: len(ring) // _RUN * _RUN].reshape(-1, _RUN)
+    low = np.where(runs >= 0, runs, ring.max()).min(axis=1)
+    return np.where(runs.max(axis=1) - low < _RUN, low, -1)
 
 
 def find_peaks(image: NDArray[Any], pixels: PixelMap, parameters: Parameters) -> Peaks:
@@ -144,22 +169,19 @@ def find_peaks(image: NDArray[Any], pixels: PixelMap, parameters: Parameters) ->
     if image.shape != pixels.shape:
         raise ValueError(f"the image is {image.shape}, and the geometry is of {pixels.shape}")
     flat = np.ascontiguousarray(image).ravel()
-    x = np.take(flat, pixels.order, mode="clip").astype(np.float32, copy=False)
-    if image.dtype.kind == "f":
-        x[~np.isfinite(x)] = np.nan
-    mean, high, bright = _rings(x, pixels, parameters)
-    peak, bright = _components(bright, pixels, parameters)
-    if not len(bright):
+    mean, high = _rings(flat, pixels, parameters)
+    peak, spot = _components(_brighter(flat, high, pixels), pixels, parameters)
+    if not len(spot):
         return Peaks.from_array(np.zeros((0, 4), dtype=np.float32))
-    spot, value = pixels.order[bright], x[bright].astype(np.float64)
-    excess = np.maximum(value - mean[pixels.ring[bright]], 1e-9)
+    value = flat[spot].astype(np.float64)
+    excess = np.maximum(value - mean[pixels.ring[spot]], 1e-9)
     row, column = np.divmod(spot, pixels.shape[1])
     weight = np.bincount(peak, excess)
     ss = np.bincount(peak, excess * row) / weight
     fs = np.bincount(peak, excess * column) / weight
     size = np.bincount(peak)
     background, sigma, brightest = _surroundings(
-        x, high, fs, ss, pixels.panel[spot[_first(peak)]], pixels, parameters.local_bg_radius_px
+        flat, high, fs, ss, pixels.panel[spot[_first(peak)]], pixels, parameters.local_bg_radius_px
     )
     total = np.bincount(peak, value) - size * background
     peak_max = np.maximum.reduceat(value, _first(peak))
@@ -173,25 +195,35 @@ def find_peaks(image: NDArray[Any], pixels: PixelMap, parameters: Parameters) ->
 
 
 def _rings(
-    x: NDArray[np.float32], pixels: PixelMap, parameters: Parameters
-) -> tuple[FloatArray, FloatArray, IntArray]:
-    """Mean and upper threshold (K,) of each ring without what lies beyond; places above it.
+    flat: NDArray[Any], pixels: PixelMap, parameters: Parameters
+) -> tuple[FloatArray, FloatArray]:
+    """Mean and upper threshold (K,) of each ring without what lies beyond.
 
-    A sample of each ring tells which few pixels are worth a look; all the others are summed up
-    once, and the rounds of clipping go over the few.
+    A small sample of each ring tells which few pixels are worth a look; the others are summed up
+    once, and the rounds of clipping go over the few. Some rings at a time: what is small stays in
+    the cache of the processor.
     """
-    ring, counts, snr = pixels.ring, pixels.counts, parameters.min_snr
+    starts, counts, snr = pixels.starts, pixels.counts, parameters.min_snr
     num_rings = len(counts)
-    centre, spread = _rough(np.take(x, pixels.sample))
-    reach = _WORTH_A_LOOK * snr * spread
-    y = x - np.repeat(centre, counts)
-    np.abs(y, out=y)
-    few = np.flatnonzero(~(y <= np.repeat(reach, counts)))  # NaN as well
-    y = x.copy()
-    y[few] = 0.0
-    s1 = np.add.reduceat(y, pixels.starts).astype(np.float64)
-    s2 = np.add.reduceat(np.square(y, out=y), pixels.starts).astype(np.float64)
-    where, value = ring[few], x[few].astype(np.float64)
+    s1, s2 = np.empty(num_rings), np.empty(num_rings)
+    places, values = [], []
+    for rings in pixels.blocks:
+        first, n = starts[rings.start], counts[rings]
+        order = pixels.order[first : starts[rings.stop - 1] + counts[rings.stop - 1]]
+        x = np.take(flat, order, mode="clip").astype(np.float32, copy=False)
+        if flat.dtype.kind == "f":
+            x[~np.isfinite(x)] = np.nan
+        centre, spread = _rough(np.take(x, pixels.sample[rings] - first))
+        y = x - np.repeat(centre, n)
+        np.abs(y, out=y)
+        few = np.flatnonzero(~(y <= np.repeat(_WORTH_A_LOOK * snr * spread, n)))  # NaN as well
+        places.append(few + first)
+        values.append(x[few].astype(np.float64))
+        x[few] = 0.0
+        s1[rings] = np.add.reduceat(x, starts[rings] - first)
+        s2[rings] = np.add.reduceat(np.square(x, out=x), starts[rings] - first)
+    few, value = np.concatenate(places), np.concatenate(values)
+    where = pixels.ring[pixels.order[few]]
     rest = counts - np.bincount(where, minlength=num_rings)
     is_kept = np.isfinite(value)
     mean = high = np.zeros(num_rings)
@@ -205,7 +237,28 @@ def _rings(
         was_kept, is_kept = is_kept, (value <= high[where]) & (value >= (mean - reach)[where])
         if np.array_equal(is_kept, was_kept):
             break
-    return mean, high, few[value > high[where]]
+    return mean, high
+
+
+def _brighter(flat: NDArray[Any], high: FloatArray, pixels: PixelMap) -> IntArray:
+    """The pixels above the threshold of their ring, in order.
+
+    Runs of pixels are compared with the lowest threshold of the 16 rings that they may be of, which
+    is one pass over the image; the few that are above that, with their own.
+    """
+    runs = flat[: len(pixels.run_ring) * _RUN].reshape(-1, _RUN)
+    padded = np.concatenate([high, np.full(_RUN - 1, np.inf)])
+    lowest = sliding_window_view(padded, _RUN).min(axis=1)
+    bar = np.where(pixels.run_ring < 0, high.min(), lowest[pixels.run_ring])[:, None]
+    if flat.dtype.kind in "iu":  # for whole numbers, above x is above the whole part of x
+        limits = np.iinfo(flat.dtype)
+        bar = np.clip(np.floor(bar), limits.min, limits.max)
+    some = np.flatnonzero(runs > bar.astype(flat.dtype))
+    some = np.concatenate([some, np.arange(runs.size, len(flat))])
+    ring = pixels.ring[some]
+    some, ring = some[ring >= 0], ring[ring >= 0]
+    is_bright = (flat[some] > high[ring]) & np.isfinite(flat[some])
+    return some[is_bright]
 
 
 def _rough(
@@ -223,12 +276,9 @@ def _rough(
 
 
 def _components(
-    bright: IntArray, pixels: PixelMap, parameters: Parameters
+    spot: IntArray, pixels: PixelMap, parameters: Parameters
 ) -> tuple[IntArray, IntArray]:
-    """Connected bright pixels whose number is allowed: (number of the peak, place), by peak."""
-    spot = pixels.order[bright]
-    by_spot = np.argsort(spot, kind="stable")
-    bright, spot = bright[by_spot], spot[by_spot]
+    """Connected bright pixels whose number is allowed: (number of the peak, pixel), by peak."""
     if not len(spot):
         return spot, spot
     panel = pixels.panel[spot]
@@ -247,12 +297,12 @@ def _components(
     kept = np.flatnonzero(is_allowed[label])
     kept = kept[np.argsort(label[kept], kind="stable")]
     number = np.cumsum(is_allowed) - 1
-    return number[label[kept]], bright[kept]
+    return number[label[kept]], spot[kept]
 
 
 def _surroundings(
-    x: NDArray[np.float32],
-    high: NDArray[np.float32],
+    flat: NDArray[Any],
+    high: FloatArray,
     fs: FloatArray,
     ss: FloatArray,
     panel: IntArray,
@@ -268,12 +318,12 @@ def _surroundings(
     column = np.rint(fs).astype(np.int64)[:, None] + columns
     height, width = pixels.shape
     is_on = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    flat = np.where(is_on, row * width + column, 0)
-    is_used = is_on & (pixels.panel[flat] == panel[:, None])
-    place = np.where(is_used, pixels.place[flat], 0)
-    value = x[place]
-    is_used &= value <= high[pixels.ring[place]]  # false for NaN
-    value = np.where(is_used, value, 0.0).astype(np.float64)
+    pixel = np.where(is_on, row * width + column, 0)
+    is_used = is_on & (pixels.panel[pixel] == panel[:, None])
+    value = flat[pixel].astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        is_used &= np.isfinite(value) & (value <= high[pixels.ring[pixel]])
+    value = np.where(is_used, value, 0.0)
     n = np.maximum(is_used.sum(axis=1), 1)
     mean = value.sum(axis=1) / n
     variance = (value**2).sum(axis=1) / n - mean**2

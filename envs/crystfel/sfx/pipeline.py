@@ -28,7 +28,7 @@ from envs.crystfel.sfx.peaks import Peaks, PixelMap, find_peaks, pixel_map
 from envs.crystfel.sfx.spots import mean_offsets, spot_offsets
 from envs.crystfel.types import BoolArray, FloatArray, Frame, IndexingResult, IntArray, Parameters
 
-VERSION = "embedded 2"
+VERSION = "embedded 3"
 """Goes up with every change that changes results: memos and kept peaks of older ones are unread."""
 
 _OF_PEAKS = (
