@@ -144,7 +144,7 @@ class EmbeddedIndexer:
         geometry, found = self.experiment.geometry, []
         try:
             for frame, image in zip(frames, read_images(geometry, frames), strict=True):
-                pixels = self._map(parameters, frame)
+                pixels = self.pixels(parameters, frame)
                 found.append(find_peaks(_without_flagged(image, geometry), pixels, parameters))
         except (FormatError, OSError) as error:
             raise IndexerError(str(error)) from error
@@ -154,7 +154,7 @@ class EmbeddedIndexer:
     def _cell(self) -> KnownCell:
         return KnownCell(self.experiment.cell)
 
-    def _map(self, parameters: Parameters, frame: Frame) -> PixelMap:
+    def pixels(self, parameters: Parameters, frame: Frame) -> PixelMap:
         """Which pixels are searched; masks in the data are read once per file."""
         geometry = self.experiment.geometry
         key = (
