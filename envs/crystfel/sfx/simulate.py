@@ -8,7 +8,8 @@ optimum of the peak finder's parameters: without them every crystal indexes at a
 Model: still images on the Ewald sphere; a reflection of excitation error e (1/Å off the sphere) is
 recorded with partiality exp(-e^2 / 2 w^2), w from profile radius, mosaicity and bandwidth; Wilson's
 intensities (A. J. C. Wilson, Acta Cryst. 2 (1949) 318) with a B factor, equal under the Laue group;
-log-normal crystal volumes. Photon noise has Poisson's first three cumulants (Cornish-Fisher).
+log-normal crystal volumes. Photon noise has Poisson's first three cumulants to leading order
+(E. A. Cornish, R. A. Fisher, Rev. Int. Stat. Inst. 5 (1938) 307).
 
 Shape letters: R rows and C columns of the slab (see ``formats``), N frames, M crystals, H
 reflections, S spots.
@@ -156,13 +157,13 @@ PRESETS: dict[str, Preset] = {
         num_flickering=2000.0,
         num_blobs=20.0,
         gain_error=0.05,
-        clen_error_percent=2.5,
-        centre_error_px=(1.5, -1.0),
+        clen_error_percent=-3.0,
+        centre_error_px=(2.0, -2.0),
     ),
-    "bad-geometry": Preset(clen_error_percent=3.0, centre_error_px=(-1.5, 1.0)),
+    "bad-geometry": Preset(clen_error_percent=3.5, centre_error_px=(-2.5, 2.0)),
     "modules": Preset(detector="modules", clen_m=0.125),
     "modules-bad-geometry": Preset(
-        detector="modules", clen_m=0.125, clen_error_percent=-2.5, centre_error_px=(1.0, 1.5)
+        detector="modules", clen_m=0.125, clen_error_percent=-3.2, centre_error_px=(2.0, 2.5)
     ),
     "drift": Preset(drift_clen_percent=4.0, drift_background=1.6),
 }
