@@ -65,12 +65,15 @@ _MIN_PEAKS = 25
 """and at least so many, where there are."""
 _LENGTHS = (0.96, 1.0, 1.04)
 """Of the sought axis over its length in the known cell: a wrong distance scales all."""
-_NUM_AXES = 400
+_NUM_AXES = 200
 _APART = 0.012
 """Candidate axes that differ by less, in lengths of the axis, are one."""
-_NUM_LATTICES = 24
+_NUM_LATTICES = 12
+"""And of axes, each of which is turned at two scales. (More of all these finds no more.)"""
 _NUM_FINALISTS = 10
 _MAX_DIRECTIONS = 40_000
+_PHASE_STEP = 3.0
+"""Between neighbouring directions at the highest order, rad."""
 _BLOCK = 512
 """Directions at a time: what is small stays in the cache."""
 _FEWEST = 4
@@ -239,7 +242,7 @@ class KnownCell:
     @cached_property
     def directions(self) -> NDArray[np.float32]:
         """(D, 3) unit vectors over a hemisphere, so close that no lattice row slips through."""
-        spacing = 2.0 / (_TURN * _MAX_ORDER)  # 1 rad of phase at the highest order
+        spacing = _PHASE_STEP / (_TURN * _MAX_ORDER)
         number = min(int(_TURN / (0.866 * spacing**2)), _MAX_DIRECTIONS)
         k = np.arange(number) + 0.5
         z = k / number
@@ -358,13 +361,13 @@ def _find_axes(near: FloatArray, far: FloatArray, cell: KnownCell) -> FloatArray
     scale, place = np.divmod(best, len(cell.directions))
     axes = cell.directions[place] * (length * np.array(_LENGTHS)[scale])[:, None]
     axes = _with_offset(axes.astype(np.float64), near, np.ones(len(near)))
-    for seen in (near, near, far, far):
+    for seen in (near, far, far):
         whole, away = _orders(axes[:, None], seen)
         weight = (away[0] < 0.25).astype(np.float64)
         target = ((weight * whole[0]) @ seen)[:, None]
         axes = _solve(weight, target, axes[:, None], _pairs(seen))[:, 0]
     ratio = np.linalg.norm(axes[:, :3], axis=1) / length
-    score = np.cos(_TURN * (axes @ far.T)).sum(axis=1)
+    score = np.cos((_TURN * (axes @ far.T)).astype(np.float32)).sum(axis=1)
     score[np.abs(ratio - 1) > 1.6 * LENGTH_TOLERANCE] = -np.inf
     order = np.argsort(-score, kind="stable")[: 4 * _NUM_LATTICES]
     axes, score = axes[order], score[order]
@@ -413,7 +416,11 @@ def _refine(lattices: FloatArray, q1: FloatArray, cell: KnownCell) -> FloatArray
         weight = (away.max(axis=0) < EXPLAINED_WITHIN) & (length <= reach)
         lattices = _fit(lattices, whole, weight, q1, pairs, cell)
         if len(lattices) > _NUM_FINALISTS:
-            score = np.cos(_TURN * away).sum(axis=0)[:, length <= reach].sum(axis=1)
+            score = (
+                np.cos((_TURN * away).astype(np.float32))
+                .sum(axis=0)[:, length <= reach]
+                .sum(axis=1)
+            )
             lattices = lattices[np.argsort(-score, kind="stable")[:_NUM_FINALISTS]]
     return lattices
 
@@ -457,7 +464,7 @@ def _coherence(phase: FloatArray, weight: FloatArray) -> FloatArray:
 
 def _with_offset(axes: FloatArray, q1: FloatArray, weight: FloatArray) -> FloatArray:
     """Axes (T, 4) with the offset that makes the orders of the peaks whole on the mean."""
-    phase = _TURN * (axes @ q1[:, :3].T)
+    phase = (_TURN * (axes @ q1[:, :3].T)).astype(np.float32)
     cos, sin = (weight * np.cos(phase)).sum(axis=-1), (weight * np.sin(phase)).sum(axis=-1)
     return np.concatenate([axes, -np.arctan2(sin, cos)[:, None] / _TURN], axis=1)
 

@@ -22,13 +22,22 @@ from numpy.typing import NDArray
 
 from envs.crystfel.experiment import Experiment
 from envs.crystfel.indexer import DAMAGED, IndexerError, stamp, write_whole
-from envs.crystfel.sfx.formats import FormatError, Geometry, PathLike, good_pixels, read_images
+from envs.crystfel.sfx.formats import (
+    FormatError,
+    Geometry,
+    PathLike,
+    format_cell,
+    good_pixels,
+    read_images,
+    tuned_geometry_text,
+)
 from envs.crystfel.sfx.index import Crystal, KnownCell, index_peaks
 from envs.crystfel.sfx.peaks import Peaks, PixelMap, find_peaks, pixel_map
 from envs.crystfel.sfx.spots import mean_offsets, spot_offsets
+from envs.crystfel.sfx.stream import Stream, StreamChunk, crystal_of, stream_peaks, write_stream
 from envs.crystfel.types import BoolArray, FloatArray, Frame, IndexingResult, IntArray, Parameters
 
-VERSION = "embedded 3"
+VERSION = "embedded 4"
 """Goes up with every change that changes results: memos and kept peaks of older ones are unread."""
 
 _OF_PEAKS = (
@@ -120,6 +129,52 @@ class EmbeddedIndexer:
                 crystal = index_peaks(q_per_A, self._cell)
             found.append((peaks, crystal))
         return found
+
+    def write_stream(self, path: PathLike, parameters: Parameters, frames: Sequence[Frame]) -> None:
+        """Writes what is found as a ``.stream``, which CrystFEL's programs read.
+
+        Peaks and lattices are in it, integrated reflections are not: to merge data, run
+        ``indexamajig`` with the same parameters.
+
+        Raises:
+            IndexerError: as ``run``, or the file cannot be written.
+        """
+        geometry = self.experiment.geometry.moved(parameters)
+        chunks = []
+        for serial, (frame, (peaks, crystal)) in enumerate(
+            zip(frames, self.crystals(parameters, frames), strict=True), 1
+        ):
+            rows, panels = stream_peaks(geometry, peaks.fs_px, peaks.ss_px, peaks.intensity_adu)
+            crystals = []
+            if crystal is not None:
+                reciprocal = np.linalg.inv(crystal.basis_A).T
+                crystals.append(crystal_of(reciprocal, self.experiment.cell))
+            chunks.append(
+                StreamChunk(
+                    frame=frame,
+                    serial=serial,
+                    is_hit=len(peaks) >= parameters.min_peaks,
+                    indexed_by="none" if crystal is None else "file",  # of the names CrystFEL knows
+                    photon_energy_eV=geometry.photon_energy_eV,
+                    clen_m=geometry.distance_m,
+                    num_peaks=len(peaks),
+                    peaks=rows,
+                    peak_panels=panels,
+                    crystals=tuple(crystals),
+                )
+            )
+        text = self.experiment.geometry_path.read_text(errors="replace")
+        stream = Stream(
+            generator=f"ssl2rl-ray, {self.version}",
+            command="",
+            geometry_text=tuned_geometry_text(text, self.experiment.geometry, parameters),
+            cell_text=format_cell(self.experiment.cell),
+            chunks=tuple(chunks),
+        )
+        try:
+            write_stream(stream, path)
+        except OSError as error:
+            raise IndexerError(f"{path}: cannot be written: {error.strerror}") from error
 
     def peaks(self, parameters: Parameters, frames: Sequence[Frame]) -> list[Peaks]:
         """The peaks of each frame, from the cache where they are there.
