@@ -17,6 +17,7 @@ from envs.crystfel.sfx.formats import (
     FormatError,
     Geometry,
     Plane,
+    all_frames,
     format_cell,
     format_frames,
     format_geometry,
@@ -362,6 +363,18 @@ def test_modules_are_stacked_on_the_slab(module_file: Path) -> None:
     assert both[1][0].tolist() == [0, 1, 2, 3]
     good = good_pixels(g, Frame(path=str(module_file), event="//1"))
     assert np.argwhere(~good).tolist() == [[0, 1], [3, 3]]
+
+
+def test_a_file_listed_without_an_event_stands_for_all_its_frames(module_file: Path) -> None:
+    g, path = parse_geometry(MODULES), str(module_file)
+    listed = [Frame(path=path, event="//1"), Frame(path=path)]
+    assert [frame.event for frame in all_frames(g, listed)] == ["//1", "//0", "//1"]
+    single = parse_geometry(MODULES.replace("dim0 = %", "dim0 = 0"))
+    assert all_frames(single, listed) == tuple(listed)
+    with pytest.raises(FormatError, match=r"/entry/x is no dataset with 4 axes"):
+        all_frames(parse_geometry(MODULES.replace("/entry/data/data", "/entry/x")), listed)
+    with pytest.raises(FormatError, match="needs an event for each frame"):
+        all_frames(parse_geometry(MODULES.replace("/entry/data/data", "/entry/%/x")), listed)
 
 
 @pytest.mark.parametrize(

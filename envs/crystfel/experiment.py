@@ -12,6 +12,7 @@ from envs.crystfel.sfx.formats import (
     FormatError,
     Geometry,
     PathLike,
+    all_frames,
     digest,
     read_cell,
     read_frames,
@@ -39,7 +40,8 @@ class Experiment:
     """The user's start: offsets of ``Parameters`` are relative to it."""
     cell: UnitCell
     frames: tuple[Frame, ...]
-    """In the order of the list, with absolute paths."""
+    """In the order of the list, with absolute paths; a file listed without an event stands for all
+    its frames."""
     nominal: Parameters
     """Where tuning starts."""
 
@@ -88,14 +90,15 @@ def read_experiment(
     listed = read_frames(paths[2])
     if not listed:
         raise FormatError(f"{paths[2]}: lists no frame")
+    found = read_geometry(paths[0], listed[0])
     return Experiment(
         folder=folder,
         geometry_path=paths[0],
         cell_path=paths[1],
         frames_path=paths[2],
-        geometry=read_geometry(paths[0], listed[0]),
+        geometry=found,
         cell=read_cell(paths[1]),
-        frames=listed,
+        frames=all_frames(found, listed),
         nominal=_nominal(folder / PARAMETERS_FILE),
     )
 

@@ -888,6 +888,40 @@ def format_frames(frames: Iterable[Frame], folder: PathLike | None = None) -> st
     return "".join(f"{line(frame)}\n" for frame in frames)
 
 
+def all_frames(geometry: Geometry, frames: Iterable[Frame]) -> tuple[Frame, ...]:
+    """The frames, where those without an event stand for all frames of their file (as CrystFEL's).
+
+    Raises:
+        FormatError: a file that cannot be read, or whose frames cannot be counted.
+    """
+    plane = geometry.planes[0]
+    if "%" not in plane.dims and "%" not in plane.data:
+        return tuple(frames)
+    found: list[Frame] = []
+    for frame in frames:
+        if frame.event:
+            found.append(frame)
+            continue
+        if "%" in plane.data:
+            raise FormatError(
+                f"{frame.path}: data = {plane.data} needs an event for each frame: write lines "
+                "such as `file.h5 entry//`; CrystFEL's list_events makes them"
+            )
+        with _open(frame.path) as file:
+            node = file.get(plane.data)
+            if not isinstance(node, h5py.Dataset) or node.ndim != len(plane.dims):
+                raise FormatError(
+                    f"{frame.path}: {plane.data} is no dataset with {len(plane.dims)} axes: check "
+                    "`data` and the dims of the .geom"
+                )
+            counts = [node.shape[axis] for axis, dim in enumerate(plane.dims) if dim == "%"]
+        found += [
+            Frame(path=frame.path, event="//" + "/".join(map(str, index)))
+            for index in np.ndindex(*counts)
+        ]
+    return tuple(found)
+
+
 _EVENT = re.compile(r"[^\s]*?//[0-9]{0,9}(?:/[0-9]{1,9})*")
 
 
