@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envs.crystfel.indexer import IndexerError
 from envs.crystfel.sfx.formats import (
     FormatError,
     format_cell,
@@ -16,6 +17,8 @@ from envs.crystfel.sfx.formats import (
     parse_cell,
     parse_geometry,
 )
+from envs.crystfel.sfx.pipeline import EmbeddedIndexer
+from envs.crystfel.sfx.simulate import simulate
 from envs.crystfel.sfx.stream import (
     Stream,
     StreamChunk,
@@ -257,21 +260,63 @@ def test_a_chunk_without_event_is_the_files_only_image():
     assert "Event: //\n" in "".join(format_stream(stream([blank])))
 
 
-@pytest.mark.skipif(
+needs_crystfel = pytest.mark.skipif(
     shutil.which("partialator") is None,
     reason="no partialator on PATH: install CrystFEL to test that its programs read our streams",
 )
+
+
+def partialator(path: Path, folder: Path) -> str:
+    """What CrystFEL's merging program says of a stream."""
+    ended = subprocess.run(
+        [
+            "partialator", f"--input={path}", f"--output={folder / 'merged.hkl'}",
+            "--symmetry=4/mmm", "--iterations=0", "--model=unity",
+        ],
+        cwd=folder, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "ERROR" not in ended.stderr and "Failed" not in ended.stderr, ended.stderr
+    return ended.stderr
+
+
+@needs_crystfel
 def test_crystfel_reads_our_stream(tmp_path):
     path = tmp_path / "ours.stream"
     write_stream(stream([chunk(n, 4, n % 3 == 0) for n in range(9)]), path)
-    ended = subprocess.run(
-        [
-            "partialator", f"--input={path}", f"--output={tmp_path / 'merged.hkl'}",
-            "--symmetry=4/mmm", "--iterations=0", "--model=unity",
-        ],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert "Average unit cell from 3 accepted crystals" in ended.stderr
-    assert "79.20  79.20  38.00 A     90.00  90.00  90.00 deg" in ended.stderr
-    assert "ERROR" not in ended.stderr and "Failed" not in ended.stderr
+    said = partialator(path, tmp_path)
+    assert "Average unit cell from 3 accepted crystals" in said
+    assert "79.20  79.20  38.00 A     90.00  90.00  90.00 deg" in said
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedIndexer:
+    folder = tmp_path_factory.mktemp("sfx")
+    return EmbeddedIndexer(simulate("modules", 16, 3, folder / "modules"))
+
+
+def test_the_embedded_pipeline_writes_what_it_found(embedded, tmp_path):
+    experiment, path = embedded.experiment, tmp_path / "embedded.stream"
+    parameters = experiment.nominal.replace(centre_x_offset_px=0.5)
+    result = embedded.run(parameters, experiment.frames)
+    embedded.write_stream(path, parameters, experiment.frames)
+    back = read_stream(path)
+    assert [c.frame for c in back.chunks] == list(experiment.frames)
+    assert [c.num_peaks for c in back.chunks] == result.num_peaks.tolist()
+    assert [c.is_hit for c in back.chunks] == result.is_hit.tolist()
+    assert [bool(c.crystals) for c in back.chunks] == result.is_indexed.tolist()
+    assert result.num_indexed > 2
+    cells = np.array([crystal.cell for c in back.chunks for crystal in c.crystals])
+    np.testing.assert_allclose(cells.mean(0), result.mean_cell, rtol=1e-4)
+    moved = experiment.geometry.moved(parameters)
+    assert parse_geometry(back.geometry_text).corner_px == pytest.approx(moved.corner_px)
+    with pytest.raises(IndexerError, match="cannot be written"):
+        embedded.write_stream(tmp_path / "no" / "folder", parameters, experiment.frames)
+
+
+@needs_crystfel
+def test_crystfel_reads_the_stream_of_the_embedded_pipeline(embedded, tmp_path):
+    experiment, path = embedded.experiment, tmp_path / "embedded.stream"
+    embedded.write_stream(path, experiment.nominal, experiment.frames)
+    num_crystals = embedded.run(experiment.nominal, experiment.frames).num_crystals
+    assert f"from {num_crystals} accepted crystals" in partialator(path, tmp_path)
