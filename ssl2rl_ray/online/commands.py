@@ -32,7 +32,9 @@ def add_commands(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> Non
         metavar="NAME",
         help="rival by name, or a trained policy's folder (%(default)s)",
     )
-    sub.add_argument("--tunables", metavar="NAME,NAME", help="what is tuned (all but min_peaks)")
+    sub.add_argument(
+        "--tunables", metavar="NAME,NAME", help="what is tuned (all, or what the policy learned)"
+    )
     sub.add_argument("--xwiz", metavar="TOML", help="EXtra-Xwiz configuration to start from")
     sub.add_argument("--batch", type=int, default=50, metavar="N", help="frames (%(default)s)")
     sub.add_argument("--max-frames", type=int, metavar="N", help="end after so many (never)")
@@ -102,9 +104,8 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
         rules[name] = int(value) if fields[name] == "int" else value
     if args.tunables:
         rules["tunables"] = tuple(name.strip() for name in args.tunables.split(","))
-    config = OnlineConfig(**rules)
     if args.tuner in RIVALS:
-        make = RIVALS[args.tuner]
+        config, make = OnlineConfig(**rules), RIVALS[args.tuner]
     else:
         from ssl2rl_ray.tuning.policy import TuningPolicy
 
@@ -113,6 +114,7 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
                 f"--tuner {args.tuner}: neither a folder nor one of {', '.join(RIVALS)}"
             )
         policy = TuningPolicy.load(args.tuner)
+        config = OnlineConfig(**({"tunables": policy.config.tunables} | rules))
         policy.check_tunes(config.tuning)
         make = policy.make
     xwiz = None

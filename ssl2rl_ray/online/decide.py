@@ -52,8 +52,8 @@ MIN_CRYSTALS = 15
 class OnlineConfig:
     """The rules of online tuning."""
 
-    tunables: tuple[str, ...] = tuple(name for name in TUNABLES if name != "min_peaks")
-    """``min_peaks`` can only lose where all frames count."""
+    tunables: tuple[str, ...] = tuple(TUNABLES)
+    """Which parameters; the others stay the user's."""
     num_cache_frames: int = 100
     """N, of a search."""
     num_first_frames: int = 50
@@ -389,16 +389,23 @@ def _processed(
 def _next(config: OnlineConfig, state: State, notes: list[Happened]) -> State:
     """The state with the question that follows from it."""
     search = state.search
+    if search is not None and search.candidate is not None:
+        return replace(state, question=_on_candidate(config, search))
+    is_control_due = 0 < config.control_every <= state.num_processed - state.last_control
+    if is_control_due and state.incumbent != state.initial:
+        frames, flags = _latest(state.recent, config.num_control_frames)
+        if len(frames) == config.num_control_frames:
+            control = Index(
+                purpose="control", parameters=state.initial, frames=frames, baseline=flags
+            )
+            return replace(state, question=control)
     if search is not None:
-        if search.candidate is not None:
-            return replace(state, question=_on_candidate(config, search))
         is_over = search.is_stale or len(search.trials) >= config.num_steps
         if (test := _test(config, state, search, is_over)) is not None:
             return replace(state, question=test)
         if not is_over:
             return replace(state, question=Propose())
-        is_open = _is_better(search) and not search.is_refused
-        if is_open and not search.is_stale:
+        if _is_better(search) and not search.is_refused and not search.is_stale:
             return replace(state, question=Wait())  # for fresh frames to test the best on
         notes.append(
             {
@@ -416,14 +423,6 @@ def _next(config: OnlineConfig, state: State, notes: list[Happened]) -> State:
             rest_level=_level(state.recent, config.num_drift_frames) if is_rest else None,
             rest_began=state.num_processed,
         )
-    is_control_due = 0 < config.control_every <= state.num_processed - state.last_control
-    if is_control_due and state.version > 1:
-        frames, flags = _latest(state.recent, config.num_control_frames)
-        if len(frames) == config.num_control_frames:
-            control = Index(
-                purpose="control", parameters=state.initial, frames=frames, baseline=flags
-            )
-            return replace(state, question=control)
     if state.rest_level is None:
         frames, flags = _latest(state.recent, config.num_cache_frames)
         if len(frames) == config.num_cache_frames:
@@ -620,6 +619,7 @@ def _controlled(
         incumbent=state.initial,
         version=state.version + 1,
         recent=(Batch(frames=question.frames, result=result),),
+        search=None,
         rest_level=None,
     )
 

@@ -358,6 +358,7 @@ def _of_geometry(
         base = centred if is_off else parameters
         scan = {p: _at_distance(search, base, p, frames) for p in SCAN_PERCENT if p}
         best = max(scan, key=lambda p: scan[p][1].num_indexed)
+        wide: dict[int, int] = {}
         if scan[best][1].num_indexed < few or abs(best) > ENERGY_PERCENT:
             wide = {
                 p: _at_energy(experiment, search, base, p, frames)
@@ -371,14 +372,15 @@ def _of_geometry(
         if scan[percent][1].num_indexed < max(few, result.num_indexed + 1):
             peaks = np.median(result.num_peaks[result.is_hit]) if result.num_hits else 0
             cell, energy = experiment.cell, experiment.geometry.photon_energy_eV
-            low, high = WIDE_SCAN_PERCENT[0], WIDE_SCAN_PERCENT[-1]
+            ends = [energy / (1 + WIDE_SCAN_PERCENT[at] / 100) for at in (-1, 0)]
             return [
                 Finding(
                     cause="cell",
-                    evidence=f"{result.num_hits} hits with {peaks:.0f} peaks in the median one, "
-                    f"and {scan[percent][1].num_indexed} index at any distance from {low} % to "
-                    f"+{high} %; the mean image is symmetric about the centre to "
-                    f"{math.hypot(*centre):.1f} px",
+                    evidence=f"of {result.num_hits} hits with {peaks:.0f} peaks in the median one, "
+                    f"at most {scan[best][1].num_indexed} index at a distance within "
+                    f"{SCAN_PERCENT[-1]} %, and {max(wide.values(), default=0)} at an energy from "
+                    f"{ends[0]:.0f} to {ends[1]:.0f} eV; the mean image is symmetric about the "
+                    f"centre to {math.hypot(*centre):.1f} px",
                     remedy=f"check the cell file (a {cell.a_A:g}, b {cell.b_A:g}, c {cell.c_A:g} Å,"
                     f" {cell.lattice_type} {cell.centering}) and photon_energy ({energy:g} eV)",
                 )

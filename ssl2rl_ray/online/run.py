@@ -82,12 +82,11 @@ class RayWorkers:
     """Ray actors; Ray must be connected. An actor that dies is started again by Ray."""
 
     def __init__(self, indexer: Indexer) -> None:
-        """``indexer`` must pickle."""
+        """``indexer`` must pickle; small, so that an actor can be started again from it."""
         import ray
 
-        shared = ray.put(indexer)
         actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(_Worker)
-        self.actors: dict[str, Any] = {name: actor.remote([shared]) for name in (PIPELINE, TUNER)}
+        self.actors: dict[str, Any] = {name: actor.remote(indexer) for name in (PIPELINE, TUNER)}
         self._under_way: dict[Any, str] = {}
 
     def submit(self, name: str, parameters: Parameters, frames: Sequence[Frame]) -> None:
@@ -128,10 +127,8 @@ class RayWorkers:
 class _Worker:
     """The actor: an indexer that stays warm."""
 
-    def __init__(self, shared: list[Any]) -> None:
-        import ray
-
-        self.indexer: Indexer = ray.get(shared[0])
+    def __init__(self, indexer: Indexer) -> None:
+        self.indexer = indexer
 
     def run(self, parameters: Parameters, frames: tuple[Frame, ...]) -> IndexingResult:
         return self.indexer.run(parameters, frames)

@@ -120,7 +120,8 @@ class Store:
 
     def audit(self) -> list[dict[str, Any]]:
         """All lines so far."""
-        return [json.loads(line) for line in open(self.folder / "audit.jsonl", encoding="utf-8")]
+        text = (self.folder / "audit.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
     def close(self) -> None:
         """Lets go of the folder."""
