@@ -30,6 +30,7 @@ from envs.crystfel.sfx.stream import (
     write_stream,
 )
 from envs.crystfel.types import Frame
+from ssl2rl_ray.cli import main
 
 GEOMETRY = parse_geometry("""
 photon_energy = 9300 eV
@@ -320,3 +321,12 @@ def test_crystfel_reads_the_stream_of_the_embedded_pipeline(embedded, tmp_path):
     embedded.write_stream(path, experiment.nominal, experiment.frames)
     num_crystals = embedded.run(experiment.nominal, experiment.frames).num_crystals
     assert f"from {num_crystals} accepted crystals" in partialator(path, tmp_path)
+
+
+def test_index_writes_a_stream(embedded, tmp_path, capsys):
+    path = tmp_path / "index.stream"
+    data = ["sfx", "index", "--data", str(embedded.experiment.folder), "--frames", "5"]
+    assert main([*data, "--stream", str(path), "--memo", str(tmp_path / "memo")]) == 0
+    assert len(read_stream(path).chunks) == 5
+    assert main([*data, "--stream", str(path), "--backend", "crystfel"]) != 0
+    assert "indexamajig writes its own" in capsys.readouterr().err

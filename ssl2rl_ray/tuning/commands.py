@@ -56,6 +56,9 @@ def add_commands(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> Non
     sub.add_argument("--frames", type=int, metavar="N", help="the first N of the list (all)")
     sub.add_argument("--memo", metavar="DIR", help="remembers what was indexed")
     sub.add_argument("--processes", type=int, default=1, help="Ray tasks at once (%(default)s)")
+    sub.add_argument(
+        "--stream", metavar="OUT", help="write peaks and lattices for CrystFEL (embedded only)"
+    )
 
     sub = add("compare", compare, "let tuners reach what they can with equally many frames")
     sub.add_argument("--data", metavar="DIR", help="data folder; without it, simulated experiments")
@@ -126,6 +129,8 @@ def index(args: argparse.Namespace, progress: Progress) -> Result:
 
     if args.frames is not None and args.frames < 1:
         raise ValueError(f"--frames: must be 1 or more, found {args.frames}")
+    if args.stream and args.backend != "embedded":
+        raise ValueError("--stream: of the embedded pipeline only; indexamajig writes its own")
     try:
         with contextlib.ExitStack() as stack:
             indexer, experiment = _indexer(args, stack)
@@ -133,6 +138,10 @@ def index(args: argparse.Namespace, progress: Progress) -> Result:
             progress("indexing", 0.0)
             result = indexer.run(parameters, experiment.frames[: args.frames])
             progress("indexing", 1.0)
+            if args.stream:
+                while hasattr(indexer, "indexer"):  # below what remembers and spreads
+                    indexer = indexer.indexer
+                indexer.write_stream(args.stream, parameters, experiment.frames[: args.frames])
     except IndexerError as error:
         raise ValueError(str(error)) from error
     document = {
