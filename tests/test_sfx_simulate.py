@@ -66,6 +66,10 @@ def test_absences_of_p43212(clean: World) -> None:
     assert d_spacing.min() > 1.8 and d_spacing.min() < 1.81
 
 
+def test_strongest_reflections_come_first(clean: World) -> None:
+    assert (np.diff(clean.intensity) <= 0).all()
+
+
 def test_intensities_have_the_symmetry_of_the_laue_group(clean: World) -> None:
     intensity = dict(zip(map(tuple, clean.hkl.tolist()), clean.intensity, strict=True))
     equal = [(3, 5, 7), (5, 3, 7), (-3, 5, 7), (3, 5, -7), (-3, -5, -7), (-5, 3, 7)]

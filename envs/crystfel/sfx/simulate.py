@@ -62,6 +62,9 @@ LYSOZYME = UnitCell(
 )
 """Hen egg-white lysozyme, P4(3)2(1)2."""
 
+_FAINTEST_PHOTONS = 1.0
+"""Of a spot that is drawn."""
+
 OnStep = Callable[[str, float], None]
 
 
@@ -197,7 +200,7 @@ class World:
     """(R, C) faint grains of the background in standard deviations of the noise; shifted at random
     from frame to frame."""
     hkl: IntArray
-    """(H, 3) without the absent ones."""
+    """(H, 3) without the absent ones, strongest first."""
     intensity: FloatArray
     """(H,) photons of a full reflection in the median crystal."""
 
@@ -214,7 +217,10 @@ def make_world(preset: Preset, seed: int) -> World:
     gain *= np.where(is_panel, panel_gain[geometry.panel_index], 1.0)
     dead = (rng.random(geometry.shape) < preset.dead_pixels) & is_panel
     good = is_panel & ~dead & (geometry.radius_px > preset.beamstop_px)
+    grains = _grains(preset, geometry.shape, rng)
     hkl = _reflections(preset)
+    intensity = _intensities(preset, hkl, rng)
+    order = np.argsort(-intensity, kind="stable")
     return World(
         preset=preset,
         geometry=geometry,
@@ -222,9 +228,9 @@ def make_world(preset: Preset, seed: int) -> World:
         gain=(preset.adu_per_photon * np.maximum(gain, 0.1)).astype(np.float32),
         good=good,
         dead=dead,
-        grains=_grains(preset, geometry.shape, rng),
-        hkl=hkl,
-        intensity=_intensities(preset, hkl, rng),
+        grains=grains,
+        hkl=hkl[order],
+        intensity=intensity[order],
     )
 
 
@@ -445,7 +451,8 @@ def _spots(
     """fs, ss, panel, photons (S,) of the reflections that a crystal shows."""
     preset = world.preset
     k = energy / HC_EV_A
-    q = world.hkl.astype(np.float32) @ basis.astype(np.float32)
+    n = int(np.searchsorted(-world.intensity, -_FAINTEST_PHOTONS / scale))
+    q = world.hkl[:n].astype(np.float32) @ basis.astype(np.float32)
     s2 = np.einsum("hi,hi->h", q, q)
     # Off the Ewald sphere by |q + k z| - k; its square is s2 + 2 k q_z + k^2.
     excitation = np.sqrt(np.maximum(s2 + 2 * k * q[:, 2] + k * k, 0)) - k
@@ -454,8 +461,8 @@ def _spots(
     width2 = width2 + (preset.bandwidth * s2 / (2 * k)) ** 2
     x = excitation**2 / width2
     near = x < 12.0
-    q, total = q[near].astype(float), scale * world.intensity[near] * np.exp(-x[near] / 2)
-    bright = total > 1.0
+    q, total = q[near].astype(float), scale * world.intensity[:n][near] * np.exp(-x[near] / 2)
+    bright = total > _FAINTEST_PHOTONS
     q, total = q[bright], total[bright]
     fs, ss, panel = geometry.locate(q + np.array([0.0, 0.0, k]))
     on = panel >= 0
