@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 
 import h5py
@@ -765,8 +766,11 @@ class Mortal:
 
 @pytest.mark.ray
 def test_a_ray_worker_that_dies_comes_back(tmp_path):
+    from ray import cloudpickle
+
     from ssl2rl_ray.local_ray import local_ray
 
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not see the tests
     with local_ray(2):
         workers = RayWorkers(Mortal(tmp_path))
         with Store(tmp_path / "o") as store:

@@ -114,7 +114,8 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
                 f"--tuner {args.tuner}: neither a folder nor one of {', '.join(RIVALS)}"
             )
         policy = TuningPolicy.load(args.tuner)
-        config = OnlineConfig(**({"tunables": policy.config.tunables} | rules))
+        rules.setdefault("tunables", policy.config.tunables)
+        config = OnlineConfig(**rules)
         policy.check_tunes(config.tuning)
         make = policy.make
     xwiz = None

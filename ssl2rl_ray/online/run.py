@@ -57,7 +57,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """A worker's answer: one of the three."""
+    """A worker's answer: a result, or why there is none."""
 
     name: str
     result: IndexingResult | None = None
@@ -112,8 +112,8 @@ class RayWorkers:
                 if not isinstance(error.cause, IndexerError):
                     raise
                 done.append(Done(name=name, error=str(error.cause)))
-            except ray.exceptions.RayActorError:
-                done.append(Done(name=name, is_lost=True))
+            except ray.exceptions.RayActorError as error:
+                done.append(Done(name=name, error=str(error), is_lost=True))
         return done
 
     def close(self) -> None:
@@ -288,13 +288,15 @@ def serve(
             frames, version = busy.pop(answer.name)
             if answer.is_lost:
                 num_lost[answer.name] += 1
-                store.note({"what": "worker lost", "worker": answer.name})
+                store.note(
+                    {"what": "worker lost", "worker": answer.name, "reason": answer.error[:2000]}
+                )
                 tell(f"the {answer.name}'s worker died; it is asked again")
                 if num_lost[answer.name] >= MAX_LOSSES:
                     raise IndexerError(
                         f"the {answer.name}'s worker died {MAX_LOSSES} times in a row over "
-                        f"{frames[0]} and the {len(frames) - 1} frames after it; is there enough "
-                        "memory?"
+                        f"{frames[0]} and the {len(frames) - 1} frames after it (is there enough "
+                        f"memory?): {answer.error[:500]}"
                     )
                 continue  # the question, or the frames, are still there
             num_lost[answer.name] = 0
