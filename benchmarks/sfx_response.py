@@ -1,10 +1,10 @@
-"""Response curves: frames indexed against each parameter, simulated lysozyme, embedded indexer.
+"""Response curves: frames indexed against each parameter, on simulated lysozyme.
 
 Beside them are the curves measured with CrystFEL 0.12 (peakfinder8, asdf) on simulated lysozyme of
 another program: 80 of 200 at nominal parameters. What is compared is their shape, so both are given
 relative to nominal. The last line is the correlation of the two columns and their mean difference.
 
-Run: python benchmarks/sfx_response.py [--frames 200] [--data DIR] [--preset lysozyme]
+Run: python benchmarks/sfx_response.py [--frames 200] [--data DIR] [--backend embedded|crystfel]
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -20,8 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from envs.crystfel.experiment import read_experiment
+from envs.crystfel.indexamajig import Indexamajig
+from envs.crystfel.indexer import Indexer
 from envs.crystfel.sfx.pipeline import EmbeddedIndexer
 from envs.crystfel.sfx.simulate import simulate
+from envs.crystfel.types import Frame, Parameters
 
 CRYSTFEL: dict[str, dict[float, int]] = {
     "min_snr": {
@@ -41,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--frames", type=int, default=200)
     parser.add_argument("--preset", default="lysozyme")
+    parser.add_argument("--backend", choices=("embedded", "crystfel"), default="embedded")
     parser.add_argument("--data", help="a data folder instead of a simulated one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -48,18 +51,23 @@ def main() -> None:
             experiment = read_experiment(args.data)
         else:
             experiment = simulate(args.preset, args.frames, 1, Path(folder) / "data")
-        report(EmbeddedIndexer(experiment), experiment.frames[: args.frames], experiment.nominal)
+        indexer: Indexer = EmbeddedIndexer(experiment)
+        if args.backend == "crystfel":
+            indexer = Indexamajig(experiment=experiment, num_processes=1)
+        print(indexer.version)
+        report(indexer, experiment.frames[: args.frames], experiment.nominal)
 
 
-def report(indexer: EmbeddedIndexer, frames: tuple, nominal) -> None:
-    start = time.process_time()
-    at_nominal = indexer.run(nominal, frames).num_indexed
+def report(indexer: Indexer, frames: tuple[Frame, ...], nominal: Parameters) -> None:
+    first = indexer.run(nominal, frames)
+    at_nominal, cpu_s = first.num_indexed, first.cpu_s
     print(f"nominal: {at_nominal} of {len(frames)} indexed (CrystFEL: {NOMINAL} of 200)")
     print(f"{'':<28}{'indexed':>8}{'relative':>10}{'CrystFEL':>10}")
     ours, theirs = [], []
     for name, curve in CRYSTFEL.items():
         for value, count in curve.items():
-            found = indexer.run(nominal.replace(**{name: value}), frames).num_indexed
+            result = indexer.run(nominal.replace(**{name: value}), frames)
+            found, cpu_s = result.num_indexed, cpu_s + result.cpu_s
             ours.append(found / max(at_nominal, 1))
             theirs.append(count / NOMINAL)
             what = f"{name} {value:g}"
@@ -67,7 +75,7 @@ def report(indexer: EmbeddedIndexer, frames: tuple, nominal) -> None:
     away = np.abs(np.subtract(ours, theirs)).mean()
     print(
         f"{len(ours)} settings: correlation {np.corrcoef(ours, theirs)[0, 1]:.3f}, mean absolute "
-        f"difference {away:.3f} of nominal; {time.process_time() - start:.0f} s of CPU"
+        f"difference {away:.3f} of nominal; {cpu_s:.0f} s of CPU"
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from envs.crystfel.experiment import TRUTH_FILE, read_experiment
 from envs.crystfel.sfx.formats import good_pixels, read_geometry, read_images
+from envs.crystfel.sfx.pipeline import EmbeddedIndexer
 from envs.crystfel.sfx.simulate import (
     PRESETS,
     Preset,
@@ -396,3 +397,32 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "use --force" in capsys.readouterr().err
     assert main([*arguments, "--out", out, "--force"]) == 0
     assert "2 frames of preset clean, seed 4" in capsys.readouterr().out
+
+
+def test_help_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sfx", "simulate", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert set(PRESETS) <= set(words)
+
+
+@pytest.mark.slow
+def test_response_of_lysozyme_has_its_optimum_and_its_cliffs(tmp_path: Path) -> None:
+    """The shape measured with CrystFEL 0.12; see benchmarks/sfx_response.py for all of it."""
+    experiment = simulate("lysozyme", 60, 1, tmp_path / "d")
+    indexer = EmbeddedIndexer(experiment)
+
+    def indexed(**changes: float) -> int:
+        parameters = experiment.nominal.replace(**changes)
+        return indexer.run(parameters, experiment.frames).num_indexed
+
+    best = indexed()
+    assert 15 <= best <= 33  # CrystFEL: 24
+    assert indexed(min_snr=3.5) <= 0.25 * best
+    assert 0.5 * best <= indexed(min_snr=8) <= 0.85 * best
+    assert indexed(min_snr=12) <= 0.6 * best
+    assert indexed(clen_offset_percent=2) >= 0.8 * best
+    assert indexed(clen_offset_percent=6) == 0
+    assert indexed(min_pix_count=1) <= 0.4 * best
+    assert indexed(min_peaks=100) <= 0.6 * best
+    assert indexed(threshold_adu=200) <= 0.4 * best
