@@ -105,8 +105,13 @@ def write_whole(path: Path, arrays: Mapping[str, Any]) -> None:
         raise
 
 
-DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile)
-"""What reading a file of ``write_whole`` may raise where it is missing or damaged."""
+def read_whole(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of ``write_whole``; None where the file is missing or damaged."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        return None
 
 
 def _write(path: Path, result: IndexingResult) -> None:
@@ -116,14 +121,14 @@ def _write(path: Path, result: IndexingResult) -> None:
 
 
 def _read(path: Path) -> IndexingResult | None:
+    arrays = read_whole(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            values: dict[str, Any] = {name: file[name] for name in file.files}
+        values: dict[str, Any] = dict(arrays or {})
         for name, kind in (("num_crystals", int), ("version", str)):
             values[name] = kind(values[name])
         for name in ("cell_ratio", "residual_px", "cpu_s"):
             values[name] = float(values[name])
         values["argv"] = tuple(map(str, values["argv"]))
         return IndexingResult(**values)
-    except DAMAGED:
+    except (KeyError, TypeError, ValueError):  # of another version of this class, or damaged
         return None

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.crystfel.experiment import Experiment
-from envs.crystfel.indexer import DAMAGED, IndexerError, stamp, write_whole
+from envs.crystfel.indexer import IndexerError, read_whole, stamp, write_whole
 from envs.crystfel.sfx.formats import (
     FormatError,
     Geometry,
@@ -269,14 +269,12 @@ class _Kept:
             if path.name in self._seen:
                 continue
             self._seen.add(path.name)
-            try:
-                with np.load(path, allow_pickle=False) as file:
-                    names, events, stamps = file["path"], file["event"], file["stamp"]
-                    columns = np.split(file["peaks"], np.cumsum(file["count"])[:-1])
-            except DAMAGED:
-                continue  # found again
+            arrays = read_whole(path)
+            if arrays is None:
+                continue  # damaged: found again
+            columns = np.split(arrays["peaks"], np.cumsum(arrays["count"])[:-1])
             for name, event, (size, when), array in zip(
-                names, events, stamps, columns, strict=True
+                arrays["path"], arrays["event"], arrays["stamp"], columns, strict=True
             ):
                 key = str(name), str(event), int(size), int(when)
                 self.peaks[key] = Peaks.from_array(array)

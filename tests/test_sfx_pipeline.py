@@ -1,0 +1,357 @@
+"""Embedded pipeline, memo and spreading: truth, caches, what goes wrong."""
+
+import dataclasses
+import json
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import h5py
+import numpy as np
+import pytest
+
+from envs.crystfel.experiment import TRUTH_FILE, read_experiment
+from envs.crystfel.indexer import IndexerError, Memo
+from envs.crystfel.sfx import pipeline
+from envs.crystfel.sfx.index import KnownCell, misorientation_deg
+from envs.crystfel.sfx.pipeline import EmbeddedIndexer
+from envs.crystfel.sfx.simulate import simulate
+from envs.crystfel.types import Frame, IndexingResult, Parameters
+from ssl2rl_ray.cli import main
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """24 frames of an easy experiment."""
+    return simulate("clean", 24, 3, tmp_path_factory.mktemp("sfx") / "clean")
+
+
+def same(a: IndexingResult, b: IndexingResult) -> bool:
+    """Equal in everything but the time it took."""
+    fields = [f.name for f in dataclasses.fields(a) if f.name != "cpu_s"]
+    return all(np.array_equal(getattr(a, n), getattr(b, n), equal_nan=n not in
+               ("version", "argv")) for n in fields)  # fmt: skip
+
+
+class Counting:
+    """An indexer that counts its calls."""
+
+    version = "counting 1"
+
+    def __init__(self):
+        self.calls = 0
+
+    def run(self, parameters, frames):
+        self.calls += 1
+        if not frames:
+            raise IndexerError("no frames")
+        n = len(frames)
+        is_indexed = np.arange(n) % 2 == 0
+        return IndexingResult(
+            is_indexed=is_indexed,
+            is_hit=np.ones(n, dtype=bool),
+            num_peaks=np.full(n, parameters.min_snr),
+            num_crystals=int(is_indexed.sum()),
+            mean_cell=np.full(6, np.nan),
+            cell_ratio=float("nan"),
+            residual_px=0.5,
+            spot_shift_px=np.array([0.25, np.nan]),
+            cpu_s=1.5,
+            version=self.version,
+            argv=("a", "b c"),
+        )
+
+
+# ------------------------------------------------------------------ against the truth
+
+
+def test_finds_the_crystals_of_the_simulation_and_no_others(clean):
+    indexer = EmbeddedIndexer(clean)
+    result = indexer.run(clean.nominal, clean.frames)
+    cell = KnownCell(clean.cell)
+    with np.load(clean.folder / TRUTH_FILE) as truth:
+        owner, reciprocal = truth["crystal_frame"], truth["reciprocal_per_A"]
+    has_crystal = np.isin(np.arange(24), owner)
+    assert not (result.is_indexed & ~has_crystal).any()
+    assert result.is_indexed[has_crystal].mean() > 0.8
+    for i, (_, crystal) in enumerate(indexer.crystals(clean.nominal, clean.frames)):
+        assert (crystal is not None) == result.is_indexed[i]
+        if crystal is not None:
+            bases = [np.linalg.inv(rows).T for rows in reciprocal[owner == i]]
+            assert min(misorientation_deg(crystal.basis_A, b, cell) for b in bases) < 0.5
+    assert result.num_crystals == result.num_indexed
+    assert result.cell_ratio == pytest.approx(1, abs=0.002)
+    assert result.residual_px < 1
+    np.testing.assert_allclose(result.spot_shift_px, 0, atol=0.15)
+    np.testing.assert_allclose(result.mean_cell, clean.cell.as_array(), rtol=0.005)
+    assert result.cpu_s > 0 and clean.digest in result.version
+
+
+def test_free_outputs_point_to_the_right_geometry(clean):
+    indexer = EmbeddedIndexer(clean)
+    wrong = clean.nominal.replace(clen_offset_percent=2.0, centre_x_offset_px=1.0)
+    result = indexer.run(wrong, clean.frames)
+    assert result.num_indexed > 10
+    assert result.cell_ratio == pytest.approx(1.02, abs=0.004)
+    x, y = result.spot_shift_px
+    assert -1.1 < x < -0.5 and abs(y) < 0.2  # to be added to the offset
+
+
+def test_nothing_indexed_is_a_result(clean):
+    result = EmbeddedIndexer(clean).run(clean.nominal.replace(min_peaks=5000), clean.frames)
+    assert result.num_hits == result.num_indexed == 0
+    assert np.isnan(result.cell_ratio) and np.isnan(result.residual_px)
+    assert np.isnan(result.mean_cell).all() and np.isnan(result.spot_shift_px).all()
+
+
+def test_the_order_of_the_frames_is_that_of_the_result(clean):
+    indexer = EmbeddedIndexer(clean)
+    every = indexer.run(clean.nominal, clean.frames)
+    order = [5, 2, 2, 17]
+    some = indexer.run(clean.nominal, [clean.frames[i] for i in order])
+    np.testing.assert_array_equal(some.num_peaks, every.num_peaks[order])
+    np.testing.assert_array_equal(some.is_indexed, every.is_indexed[order])
+
+
+# ------------------------------------------------------------------ kept peaks
+
+
+def test_geometry_and_min_peaks_need_no_new_peaks(clean, monkeypatch, tmp_path):
+    indexer = EmbeddedIndexer(clean, cache=tmp_path)
+    first = indexer.run(clean.nominal, clean.frames[:6])
+    monkeypatch.setattr(pipeline, "find_peaks", None)  # not to be called again
+    for changes in ({"clen_offset_percent": 1.0}, {"centre_y_offset_px": -2}, {"min_peaks": 40}):
+        indexer.run(clean.nominal.replace(**changes), clean.frames[:6])
+    for other in (EmbeddedIndexer(clean, cache=tmp_path), pickle.loads(pickle.dumps(indexer))):
+        assert same(other.run(clean.nominal, clean.frames[:6]), first)
+    with pytest.raises(TypeError):
+        indexer.run(clean.nominal.replace(min_snr=6), clean.frames[:6])
+
+
+def test_damaged_kept_peaks_are_found_again(clean, tmp_path):
+    first = EmbeddedIndexer(clean, cache=tmp_path).run(clean.nominal, clean.frames[:4])
+    (kept,) = tmp_path.rglob("*.npz")
+    kept.write_bytes(kept.read_bytes()[:500])
+    assert same(EmbeddedIndexer(clean, cache=tmp_path).run(clean.nominal, clean.frames[:4]), first)
+
+
+def test_a_changed_file_is_searched_again(tmp_path):
+    experiment = simulate("clean", 3, 1, tmp_path / "data")
+    indexer = EmbeddedIndexer(experiment, cache=tmp_path / "peaks")
+    memo = Memo(indexer, tmp_path / "memo")
+    before = memo.run(experiment.nominal, experiment.frames)
+    path = experiment.frames[0].path
+    with h5py.File(path, "r+") as file:
+        file["entry/data/data"][...] = 0
+    import os
+
+    os.utime(path, ns=(1, 1))
+    after = memo.run(experiment.nominal, experiment.frames)
+    assert before.num_peaks.sum() > 0 and after.num_peaks.sum() == 0
+
+
+def test_it_travels_light(clean):
+    indexer = EmbeddedIndexer(clean)
+    indexer.run(clean.nominal, clean.frames[:2])
+    assert len(pickle.dumps(indexer)) < 50_000
+
+
+# ------------------------------------------------------------------ what goes wrong
+
+
+def test_what_goes_wrong_is_told(clean, tmp_path):
+    indexer = EmbeddedIndexer(clean)
+    with pytest.raises(IndexerError, match="no frames"):
+        indexer.run(clean.nominal, [])
+    with pytest.raises(IndexerError, match="gone"):
+        indexer.run(clean.nominal, [Frame(path=str(tmp_path / "gone.h5"), event="//0")])
+    with pytest.raises(IndexerError, match="number 99"):
+        indexer.run(clean.nominal, [Frame(path=clean.frames[0].path, event="//99")])
+    with pytest.raises(IndexerError, match="no usable pixel between 5000"):
+        far = clean.nominal.replace(min_res_px=5000, max_res_px=6000)
+        indexer.run(far, clean.frames[:1])
+
+
+def test_flagged_values_are_bad_pixels(clean):
+    peaks = EmbeddedIndexer(clean).peaks(clean.nominal, clean.frames[:4])
+    geometry = dataclasses.replace(clean.geometry, flag_above=0.0)
+    blind = EmbeddedIndexer(dataclasses.replace(clean, geometry=geometry))
+    assert max(map(len, peaks)) > 0
+    assert [len(p) for p in blind.peaks(clean.nominal, clean.frames[:4])] == [0] * 4
+
+
+# ------------------------------------------------------------------ memo
+
+
+def test_memo_asks_once(clean, tmp_path):
+    counting = Counting()
+    memo = Memo(counting, tmp_path / "memo")
+    first = memo.run(Parameters(), clean.frames)
+    again = memo.run(Parameters(), clean.frames)
+    assert counting.calls == 1 and same(first, again)
+    assert (again.cpu_s, again.argv, again.version) == (1.5, ("a", "b c"), memo.version)
+    other = Memo(counting, tmp_path / "memo")
+    assert same(other.run(Parameters(), clean.frames), first) and counting.calls == 1
+    memo.run(Parameters(min_snr=6), clean.frames)
+    memo.run(Parameters(), clean.frames[1:])
+    memo.run(Parameters(), clean.frames[::-1])
+    counting.version = "counting 2"
+    memo.run(Parameters(), clean.frames)
+    assert counting.calls == 5
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"nonsense"])
+def test_a_damaged_memo_is_worked_out_again(tmp_path, damage):
+    counting = Counting()
+    memo = Memo(counting, tmp_path)
+    frames = [Frame(path="/a.h5", event=f"//{i}") for i in range(5)]
+    first = memo.run(Parameters(), frames)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage)
+    assert same(memo.run(Parameters(), frames), first)
+    assert same(memo.run(Parameters(), frames), first)
+    assert counting.calls == 2
+
+
+def test_errors_are_not_remembered(tmp_path):
+    memo = Memo(Counting(), tmp_path)
+    with pytest.raises(IndexerError):
+        memo.run(Parameters(), [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def hammer(folder):
+    memo = Memo(Counting(), folder)
+    frames = [Frame(path="/a.h5", event=f"//{i}") for i in range(200)]
+    return [
+        memo.run(Parameters(min_snr=3 + k % 7), frames).num_peaks[0] for k in range(60)
+    ]  # fmt: skip
+
+
+def test_many_processes_share_a_memo(tmp_path):
+    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(hammer, [str(tmp_path)] * 3))
+    assert found == [[3 + k % 7 for k in range(60)]] * 3
+    assert len(list(tmp_path.iterdir())) == 7  # and no scratch file is left
+
+
+# ------------------------------------------------------------------ command
+
+
+def test_index_command(clean, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    folder = str(clean.folder)
+    command = ["sfx", "index", "--data", folder, "--frames", "6", "--set", "min_snr=6"]
+    assert main([*command, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    expected = EmbeddedIndexer(clean).run(clean.nominal.replace(min_snr=6), clean.frames[:6])
+    for name in ("num_frames", "num_hits", "num_indexed", "num_crystals", "version"):
+        assert found[name] == getattr(expected, name)
+    assert found["is_indexed"] == expected.is_indexed.tolist()
+    assert found["indexed_fraction"]["value"] == expected.indexed_fraction
+    assert found["indexed_fraction"]["ci95"] == list(expected.ci95)
+    assert found["cell_ratio"] == expected.cell_ratio and found["cpu_s"] > 0
+    assert found["argv"] == [] and found["parameters"]["min_snr"] == 6
+    assert f"{expected.num_indexed} of 6 frames indexed" in capsys.readouterr().out
+
+
+def test_index_command_with_nothing_indexed(clean, tmp_path):
+    out = tmp_path / "out.json"
+    command = ["sfx", "index", "--data", str(clean.folder), "--frames", "2"]
+    assert main([*command, "--set", "min_peaks=9999", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["cell_ratio"] is None and found["num_indexed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--set", "min_snrr=5"], "no parameter is called 'min_snrr'"),
+        (["--set", "min_snr"], "expected NAME=NUMBER"),
+        (["--set", "min_snr=five"], "expected NAME=NUMBER"),
+        (["--set", "min_peaks=4.7"], "whole number"),
+        (["--frames", "0"], "1 or more"),
+        (["--processes", "0"], "1 or more"),
+        (["--cell", "gone.cell"], "gone.cell"),
+    ],
+)
+def test_mistakes_in_the_command(clean, capsys, more, words):
+    assert main(["sfx", "index", "--data", str(clean.folder), *more]) == 2
+    assert words in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ Ray
+
+
+@pytest.fixture(scope="module")
+def two_cpus():
+    import ray
+
+    from ssl2rl_ray.local_ray import local_ray
+
+    with local_ray(2):
+        yield ray
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_spread_over_ray_gives_the_same(clean, two_cpus, tmp_path):
+    from ssl2rl_ray.tuning.spread import SpreadIndexer
+
+    alone = EmbeddedIndexer(clean).run(clean.nominal, clean.frames)
+    spread = SpreadIndexer(EmbeddedIndexer(clean, cache=tmp_path / "peaks"), frames_per_task=5)
+    for _ in range(2):
+        result = spread.run(clean.nominal, clean.frames)
+        np.testing.assert_array_equal(result.is_indexed, alone.is_indexed)
+        np.testing.assert_array_equal(result.num_peaks, alone.num_peaks)
+        assert result.cell_ratio == pytest.approx(alone.cell_ratio)
+        np.testing.assert_allclose(result.spot_shift_px, alone.spot_shift_px)
+        assert result.version == alone.version == spread.version
+    with pytest.raises(IndexerError, match="gone"):
+        spread.run(clean.nominal, [Frame(path="/gone.h5", event="//0")])
+    with pytest.raises(IndexerError, match="no frames"):
+        spread.run(clean.nominal, [])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_lost_worker_costs_its_task_only(clean, two_cpus, tmp_path):
+    import os
+
+    from ssl2rl_ray.tuning.spread import SpreadIndexer
+
+    class Fragile:  # here, so that it is pickled by value: workers do not know the tests
+        def __init__(self, inner, mark, is_incurable=False):
+            self.inner, self.mark, self.is_incurable = inner, mark, is_incurable
+            self.version = inner.version
+
+        def run(self, parameters, frames):
+            if self.is_incurable or not os.path.exists(self.mark):
+                open(self.mark, "w").close()
+                os._exit(1)
+            return self.inner.run(parameters, frames)
+
+    inner, mark = EmbeddedIndexer(clean), str(tmp_path / "mark")
+    spread = SpreadIndexer(Fragile(inner, mark), frames_per_task=10, num_tasks=1)
+    assert same(
+        dataclasses.replace(spread.run(clean.nominal, clean.frames[:10]), cpu_s=0.0),
+        dataclasses.replace(inner.run(clean.nominal, clean.frames[:10]), cpu_s=0.0),
+    )
+    spread = SpreadIndexer(Fragile(inner, mark, is_incurable=True), num_tasks=1)
+    with pytest.raises(IndexerError, match="lost"):
+        spread.run(clean.nominal, clean.frames[:2])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_index_command_over_ray(clean, two_cpus, tmp_path):
+    command = ["sfx", "index", "--data", str(clean.folder), "--processes", "2"]
+    out, memo = tmp_path / "out.json", tmp_path / "memo"
+    assert main([*command, "--memo", str(memo), "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["num_frames"] == 24
+    assert len(list(memo.glob("*.npz"))) == 1 and list((memo / "peaks").rglob("*.npz"))
+
+
+def test_experiment_is_read_as_written(clean):
+    again = read_experiment(clean.folder)
+    assert EmbeddedIndexer(again).version == EmbeddedIndexer(clean).version
