@@ -1,6 +1,7 @@
 """CrystFEL's files: geometry, cell, list, stream, frames. Numbers are worked out by hand."""
 
 import math
+import pickle
 import random
 import textwrap
 from pathlib import Path
@@ -154,6 +155,11 @@ def test_directions(text: str, vector: tuple[float, float, float] | None) -> Non
         ("res = 5000", "res = 0", r"geometry:4: res is pixels per metre"),
         ("clen = 120 mm", "clen = 120 inch", r"geometry:3: the unit 'inch' is not one of m, mm"),
         ("clen = 120 mm", "", r"no clen"),
+        (
+            "a/min_fs = 0",
+            "a/min_fs = 0\na/clen = 0.1",
+            r"geometry:14: clen differs from geometry:3",
+        ),
         ("clen = 120 mm", "clen = 0", r"geometry:3: clen \+ coffset is 0"),
         ("clen = 120 mm", "clen = /LCLS/z", r"geometry:3: clen is looked up in the data"),
         ("9.5 keV", "9.5", r"geometry:2: a photon energy of 9.5 eV cannot be right"),
@@ -237,6 +243,27 @@ def test_tuned_text_changes_nothing_else() -> None:
     moved = g.moved(OFFSETS)
     assert same.corner_px == pytest.approx(moved.corner_px)
     assert same.clen_m == pytest.approx(moved.clen_m)
+
+
+def test_clen_of_each_panel_is_that_of_all() -> None:
+    text = GEOM.replace("clen = 120 mm   ; from the encoder\n", "")
+    text = text.replace("a/min_fs", "a/clen = 0.12\na/min_fs").replace(
+        "b/min_fs", "b/clen = 0.12\nb/min_fs"
+    )
+    g = parse_geometry(text)
+    assert g.clen_m == 0.12
+    tuned = tuned_geometry_text(text, g, OFFSETS)
+    assert tuned.count("/clen = 0.122500000 m\n") == 2
+    assert parse_geometry(tuned).clen_m == pytest.approx(g.moved(OFFSETS).clen_m)
+
+
+def test_a_geometry_travels_without_its_maps() -> None:
+    g = parse_geometry(GEOM)
+    before = len(pickle.dumps(g))
+    assert g.pixel_positions_m.shape == (10, 8, 3)
+    assert len(pickle.dumps(g)) == before
+    again = pickle.loads(pickle.dumps(g))
+    assert np.array_equal(again.pixel_positions_m, g.pixel_positions_m, equal_nan=True)
 
 
 def test_tuned_text_keeps_line_ends() -> None:

@@ -18,7 +18,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,10 @@ class Geometry:
                 raise FormatError(f"{name} has shape {array.shape}, and must have {shape}")
             array.setflags(write=False)
             object.__setattr__(self, name, array)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what was worked out from them would travel as tens of MB."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @property
     def wavelength_A(self) -> float:
@@ -287,7 +291,11 @@ def parse_geometry(text: str, source: str = "geometry", frame: Frame | None = No
         value = _Value(text_value, at)
         owner, slash, name = key.rpartition("/")
         name = _MASK_SYNONYMS.get(name, name)
-        if not slash:
+        if name == "clen":  # of each panel in old files
+            known = overall.setdefault(name, value)
+            if known.text != value.text:
+                raise FormatError(f"{at}: clen differs from {known.at}: keep one, use coffset")
+        elif not slash:
             if name in _OVERALL:
                 overall[name] = value
             elif name in _OF_PANEL or _OF_PANEL_PATTERN.fullmatch(name):
@@ -300,8 +308,6 @@ def parse_geometry(text: str, source: str = "geometry", frame: Frame | None = No
             regions.setdefault(owner, {})[name] = value
         elif owner.startswith(("group", "rigid_group")):
             raise FormatError(f"{at}: no panel may be called {_shown(owner)}")
-        elif name == "clen":  # of old files; there is only one
-            overall[name] = value
         elif name in _OF_PANEL or _OF_PANEL_PATTERN.fullmatch(name):
             panels.setdefault(owner, dict(defaults))[name] = value
         elif name not in _UNUSED:
@@ -614,8 +620,8 @@ def _looked_up(
     value = overall[name]
     if not value.text.startswith("/"):
         return value.with_unit(units, default)
-    path, _, unit = value.text.partition(" ")
-    unit = unit.strip() or default_of_header
+    path, *unit_given = value.text.split(None, 1)
+    unit = unit_given[0] if unit_given else default_of_header
     if unit not in units:
         raise FormatError(f"{value.at}: the unit {_shown(unit)} is not one of {', '.join(units)}")
     if frame is None:
