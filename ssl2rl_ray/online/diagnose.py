@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import KDTree
 
 from envs.crystfel.experiment import Experiment
 from envs.crystfel.indexer import Indexer, IndexerError
@@ -69,7 +70,10 @@ MIN_Z, MIN_DISCORDANT = 1.645, 4
 MIN_CENTRE_PX = 0.6
 """Centres nearer than that are not worth a word."""
 MIN_CLEN_PERCENT = 1.0
-NUM_MEAN_FRAMES = 8
+LATTICE_Z = 4.0
+"""``lattice_z`` of a frame that evidently shows a lattice."""
+_NEAR_PX, _SAME_PX, _MOST_PEAKS = 70.0, 1.5, 120
+NUM_MEAN_FRAMES = 6
 """Of the mean image."""
 
 
@@ -358,6 +362,17 @@ def _of_geometry(
         base = centred if is_off else parameters
         scan = {p: _at_distance(search, base, p, frames) for p in SCAN_PERCENT if p}
         best = max(scan, key=lambda p: scan[p][1].num_indexed)
+        num_lattices = _num_lattices(search, base, frames)
+        if not num_lattices and scan[best][1].num_indexed < few:
+            return [
+                Finding(
+                    cause="few crystals",
+                    evidence=f"of {result.num_hits} hits none shows a lattice (distances between "
+                    "peaks that repeat), and none indexes at any distance",
+                    remedy="look at more frames (--frames), or at the sample and the jet: no "
+                    "setting makes crystals",
+                )
+            ]
         wide: dict[int, int] = {}
         if scan[best][1].num_indexed < few or abs(best) > ENERGY_PERCENT:
             wide = {
@@ -376,9 +391,9 @@ def _of_geometry(
             return [
                 Finding(
                     cause="cell",
-                    evidence=f"of {result.num_hits} hits with {peaks:.0f} peaks in the median one, "
-                    f"at most {scan[best][1].num_indexed} index at a distance within "
-                    f"{SCAN_PERCENT[-1]} %, and {max(wide.values(), default=0)} at an energy from "
+                    evidence=f"of {result.num_hits} hits with {peaks:.0f} peaks in the median one "
+                    f"{num_lattices} show a lattice, at most {scan[best][1].num_indexed} index at a "
+                    f"distance within {SCAN_PERCENT[-1]} %, and {max(wide.values(), default=0)} at an energy from "
                     f"{ends[0]:.0f} to {ends[1]:.0f} eV; the mean image is symmetric about the "
                     f"centre to {math.hypot(*centre):.1f} px",
                     remedy=f"check the cell file (a {cell.a_A:g}, b {cell.b_A:g}, c {cell.c_A:g} Å,"
@@ -486,6 +501,46 @@ def _refined(parameters: Parameters, result: IndexingResult) -> Parameters:
         centre_x_offset_px=round(parameters.centre_x_offset_px + float(x), 2),
         centre_y_offset_px=round(parameters.centre_y_offset_px + float(y), 2),
     )
+
+
+def _num_lattices(search: EmbeddedIndexer, parameters: Parameters, frames: Sequence[Frame]) -> int:
+    """Hits whose peaks are evidently those of some lattice, whatever its cell."""
+    geometry, num = search.experiment.geometry.moved(parameters), 0
+    for peaks in search.peaks(parameters, frames):
+        if len(peaks) >= max(parameters.min_peaks, HIT_PEAKS):
+            panel = geometry.panel_index[peaks.ss_px.astype(int), peaks.fs_px.astype(int)]
+            xyz = geometry.positions_m(peaks.fs_px, peaks.ss_px, panel)
+            num += lattice_z(xyz[:, :2] * geometry.res_per_m[panel][:, None]) > LATTICE_Z
+    return num
+
+
+def lattice_z(xy_px: FloatArray, num_nulls: int = 8) -> float:
+    """How evident it is that peaks belong to a lattice, without knowing it.
+
+    Of a lattice the differences between near peaks repeat. Counted are pairs of differences that
+    agree to ``_SAME_PX``, against the same peaks each turned about the beam at random.
+
+    Args:
+        xy_px: (n, 2) from the beam, brightest first; so many as ``_MOST_PEAKS`` are used.
+        num_nulls: random turns; drawn from a fixed seed.
+
+    Returns:
+        standard deviations above the random ones.
+    """
+
+    def count(xy: FloatArray) -> int:
+        i, j = np.triu_indices(len(xy), 1)
+        d = xy[i] - xy[j]
+        d = d[np.hypot(*d.T) < _NEAR_PX]
+        d = np.where(d[:, :1] < 0, -d, d)
+        return len(KDTree(d).query_pairs(_SAME_PX)) if len(d) > 1 else 0
+
+    xy = np.asarray(xy_px, float)[:_MOST_PEAKS]
+    radius, rng = np.hypot(*xy.T), np.random.default_rng(0)
+    turns = rng.uniform(0, 2 * np.pi, (num_nulls, len(xy)))
+    nulls = [count(np.column_stack([radius * np.cos(a), radius * np.sin(a)])) for a in turns]
+    mean = float(np.mean(nulls))
+    return (count(xy) - mean) / math.sqrt(max(mean, 1.0) + float(np.var(nulls)))
 
 
 def symmetry_centre(
