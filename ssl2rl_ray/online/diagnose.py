@@ -388,14 +388,15 @@ def _of_geometry(
             peaks = np.median(result.num_peaks[result.is_hit]) if result.num_hits else 0
             cell, energy = experiment.cell, experiment.geometry.photon_energy_eV
             ends = [energy / (1 + WIDE_SCAN_PERCENT[at] / 100) for at in (-1, 0)]
+            most = scan[best][1].num_indexed, max(wide.values(), default=0)
             return [
                 Finding(
                     cause="cell",
                     evidence=f"of {result.num_hits} hits with {peaks:.0f} peaks in the median one "
-                    f"{num_lattices} show a lattice, at most {scan[best][1].num_indexed} index at a "
-                    f"distance within {SCAN_PERCENT[-1]} %, and {max(wide.values(), default=0)} at an energy from "
-                    f"{ends[0]:.0f} to {ends[1]:.0f} eV; the mean image is symmetric about the "
-                    f"centre to {math.hypot(*centre):.1f} px",
+                    f"{num_lattices} show a lattice, at most {most[0]} index at a distance within "
+                    f"{SCAN_PERCENT[-1]} %, and {most[1]} at an energy from {ends[0]:.0f} to "
+                    f"{ends[1]:.0f} eV; the mean image is symmetric about the centre to "
+                    f"{math.hypot(*centre):.1f} px",
                     remedy=f"check the cell file (a {cell.a_A:g}, b {cell.b_A:g}, c {cell.c_A:g} Å,"
                     f" {cell.lattice_type} {cell.centering}) and photon_energy ({energy:g} eV)",
                 )
