@@ -196,6 +196,25 @@ def test_a_wrong_third_axis_is_seen():
     assert log10_p_axis[2, 0] > -3
 
 
+def test_peaks_that_are_close_to_a_plane_anyhow_are_no_evidence_for_it():
+    rng = np.random.default_rng(0)
+    away = rng.uniform(0, 0.5, (3, 1, 60))
+    away[2] = rng.uniform(0, 0.05, (1, 60))  # all of them within a tenth of a spacing
+    width = np.array([[1.0], [1.0], [0.1]])
+    log10_p, log10_p_axis = significance(away, width)
+    assert log10_p[0] > MAX_LOG10_P and log10_p_axis[2, 0] > -1
+    _, log10_p_axis = significance(away)
+    assert log10_p_axis[2, 0] < -3
+
+
+def test_no_crystal_in_a_crowd_around_the_beam():
+    cell = KnownCell(LYSOZYME)
+    rng = np.random.default_rng(6)
+    for sigma_px in (10, 20, 40, 60, 80):
+        for number in (15, 40, 100):
+            assert index_peaks(to_q(rng.normal(0, sigma_px, (number, 2))), cell) is None
+
+
 def test_nothing_close_is_no_evidence():
     log10_p, log10_p_axis = significance(np.full((3, 2, 15), 0.5))
     assert (log10_p > 0).all() and (log10_p_axis > 0).all()

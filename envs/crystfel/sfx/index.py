@@ -8,7 +8,7 @@ directions, the two others by turning about it; the best candidates are refined 
 A fit alone proves nothing: with enough orientations to choose from, some lattice comes close to
 half of any set of points. A lattice is therefore believed only where the number of peaks close to
 it is significant against peaks that lie anywhere (binomial, corrected for the orientations tried),
-along each axis on its own, where it explains most of the peaks, and where its cell is the known
+along each axis on its own, where it explains a good part of them, and where its cell is the known
 one, of the same symmetry. An agent that is rewarded for indexed frames would find any gap here.
 
 Where the assumed beam centre is off, all scattering vectors are, by the same amount: the lattice
@@ -180,7 +180,9 @@ def candidates(q_per_A: FloatArray, cell: KnownCell) -> Candidates:
         )
     lattices = _refine(lattices, q1, cell)
     whole, away = _orders(lattices, q1)
-    log10_p, log10_p_axis = significance(away)
+    order = lattices.transpose(1, 0, 2) @ q1.T
+    width = 4 * np.abs(order - order.mean(axis=2, keepdims=True)).mean(axis=2)
+    log10_p, log10_p_axis = significance(away, width)
     is_close = away.max(axis=0) < EXPLAINED_WITHIN
     bases = _fit(lattices[:, :, :3], whole, is_close, q, _pairs(q), cell)
     _, away = _orders(bases, q)
@@ -498,29 +500,36 @@ def _solve(
 # ------------------------------------------------------------------------------ the test
 
 
-def significance(away: FloatArray) -> tuple[FloatArray, FloatArray]:
+def significance(
+    away: FloatArray, width: FloatArray | float = 1.0
+) -> tuple[FloatArray, FloatArray]:
     """How unlikely so many peaks so close to a lattice are, had they lain anywhere.
 
     Peaks anywhere fall within t of a lattice point along an axis with probability 2 t, and along
     all three with (2 t)^3, so that their number is binomial. The best of several t counts, and
     the probability is multiplied by their number and by that of the lattices tried. For one axis,
     only the peaks count that are close along the other two: a lattice with two right axes and a
-    wrong third one passes the first test but not this.
+    wrong third one passes the first test but not this. Where all peaks lie within less than a
+    spacing along an axis, such as those crowded around the beam, it is little wonder that they are
+    close to one plane: 2 t is then divided by their width.
 
     Args:
         away: (3, M, N) distance of each peak from the nearest lattice point, in spacings.
+        width: (3, M) of the region that the peaks cover along each axis, in spacings.
 
     Returns:
         Decimal logarithm of the corrected probability (M,), and of the probability of each axis
         given the other two (3, M).
     """
+    width = np.broadcast_to(np.clip(width, 1e-3, 1.0), away.shape[:2])
     whole, axis = [], []
     for t in _CLOSENESS:
+        chance = np.minimum(2 * t / width, 1.0)
         is_close = away < t
         all_three = is_close.all(axis=0).sum(axis=1)
         other_two = np.stack([(is_close[j - 1] & is_close[j - 2]).sum(axis=1) for j in range(3)])
-        whole.append(_log10_tail(all_three, np.full_like(all_three, away.shape[2]), (2 * t) ** 3))
-        axis.append(_log10_tail(all_three, other_two, 2 * t))
+        whole.append(_log10_tail(all_three, np.full_like(all_three, away.shape[2]), chance.prod(0)))
+        axis.append(_log10_tail(all_three, other_two, chance))
     tried = math.log10(len(_CLOSENESS))
     return (
         np.min(whole, axis=0) + _LOG10_TRIED + tried,
@@ -528,7 +537,7 @@ def significance(away: FloatArray) -> tuple[FloatArray, FloatArray]:
     )
 
 
-def _log10_tail(successes: IntArray, trials: IntArray, probability: float) -> FloatArray:
+def _log10_tail(successes: IntArray, trials: IntArray, probability: FloatArray) -> FloatArray:
     """Decimal logarithm of the chance of at least so many successes (binomial)."""
     safe = np.maximum(successes, 1)
     tail = betainc(safe, np.maximum(trials - safe + 1, 1), probability)
