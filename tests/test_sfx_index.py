@@ -33,6 +33,7 @@ CELLS = {
     "tetragonal": LYSOZYME,
     "cubic": UnitCell(a_A=78, b_A=78, c_A=78),
 }
+KNOWN = {name: KnownCell(cell) for name, cell in CELLS.items()}
 ORDER = {  # of the holohedry, with the inversion
     "triclinic": 2,
     "monoclinic": 4,
@@ -154,6 +155,24 @@ def test_many_peaks_in_few_places_are_little_evidence():
         places = junk(rng, 6)
         crowd = places[rng.integers(0, 6, 100)] + rng.normal(0, 1, (100, 2))
         assert index_peaks(to_q(crowd), cell) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    number=st.integers(0, 80),
+    exponent=st.floats(-6, 4),
+    flatness=st.sampled_from([(1, 1, 1), (1, 1, 0), (1, 0, 0), (1, 0.1, 1e-3)]),
+    share_bad=st.sampled_from([0.0, 0.1]),
+    name=st.sampled_from(["tetragonal", "triclinic"]),
+)
+def test_whatever_the_peaks_it_neither_crashes_nor_believes(
+    seed, number, exponent, flatness, share_bad, name
+):
+    rng = np.random.default_rng(seed)
+    q = rng.normal(0, 10.0**exponent, (number, 3)) * np.array(flatness)
+    q[rng.random(number) < share_bad] = rng.choice([np.nan, np.inf, -np.inf])
+    assert index_peaks(q, KNOWN[name]) is None
 
 
 def test_the_order_of_the_peaks_is_kept():

@@ -137,7 +137,7 @@ def index_peaks(q_per_A: FloatArray, cell: KnownCell) -> Crystal | None:
     Returns:
         The most significant lattice; None where none can be believed.
     """
-    q = np.nan_to_num(np.asarray(q_per_A, dtype=np.float64))
+    q = np.nan_to_num(np.asarray(q_per_A, dtype=np.float64), posinf=0.0, neginf=0.0)
     found = candidates(q, cell)
     if not found.is_believed.any():
         return None
