@@ -96,7 +96,8 @@ def _collect(place: dict[Any, int], results: dict[int, IndexingResult]) -> None:
 
 
 _WARM: dict[str, Indexer] = {}
-"""Of a worker: the indexer it used last, with what that has worked out."""
+"""Of a worker: the indexers it used last, with what they have worked out."""
+_MAX_WARM = 4
 
 
 def _index(shared: list[Any], parameters: Parameters, frames: Sequence[Frame]) -> IndexingResult:
@@ -105,6 +106,7 @@ def _index(shared: list[Any], parameters: Parameters, frames: Sequence[Frame]) -
 
     key = shared[0].hex()
     if key not in _WARM:
-        _WARM.clear()
+        while len(_WARM) >= _MAX_WARM:
+            del _WARM[next(iter(_WARM))]
         _WARM[key] = ray.get(shared[0])
     return _WARM[key].run(parameters, frames)
