@@ -50,6 +50,7 @@ SMALL = OnlineConfig(
     num_cache_frames=8,
     num_first_frames=4,
     num_test_frames=8,
+    num_looks=1,
     num_steps=3,
     num_drift_frames=8,
     num_control_frames=4,
@@ -183,6 +184,54 @@ def test_only_a_significant_test_changes_parameters(flags, is_deployed):
     if is_deployed:  # what is known of the new incumbent is kept, what was the old one's is not
         (batch,) = decision.state.recent
         assert batch.frames == frames(8, 8) and batch.result.num_indexed == 4
+
+
+def at_test(config) -> State:
+    """All fresh frames are there, and the first look of the test is asked for."""
+    state = after(config, searched(config), processed(8, [0] * 40), Proposed(parameters=BETTER))
+    state = after(config, state, Indexed(result=result([0] * 4)))
+    assert isinstance(state.question, Index) and state.question.purpose == "test"
+    return state
+
+
+LOOKS = dataclasses.replace(SMALL, num_looks=3, num_steps=9)
+
+
+def test_what_is_not_clear_gets_more_frames_until_it_is():
+    state, seen = at_test(LOOKS), []
+    for flags in ([1, 1] + [0] * 6, [1] + [0] * 7):  # z 1.41 of 2 and 1.73 of 3 frames
+        seen += state.question.frames
+        decision = step(LOOKS, state, Indexed(result=result(flags)))
+        state = decision.state
+        assert decision.happened[-1]["what"] == "looked at"
+        assert state.version == 1 and isinstance(state.question, Index)
+        assert not set(state.question.frames) & set(seen)
+    decision = step(LOOKS, state, Indexed(result=result([1, 1] + [0] * 6)))
+    assert decision.state.version == 2
+    note = decision.happened[-1]
+    assert (note["num_frames"], note["num_indexed"], note["num_discordant"]) == (24, 5, 5)
+    assert sum(len(batch.frames) for batch in decision.state.recent) == 24
+
+
+def test_the_last_look_decides_and_a_hopeless_one_comes_first():
+    state = at_test(LOOKS)
+    for flags in ([1] + [0] * 7,) * 3:
+        state = after(LOOKS, state, Indexed(result=result(flags)))
+    assert state.version == 1 and state.num_refused == 1
+    config = dataclasses.replace(LOOKS, hopeless_z=0.5)
+    state = after(config, at_test(config), Indexed(result=result([0] * 8)))
+    assert state.num_refused == 1
+
+
+def test_more_looks_ask_for_more():
+    assert dataclasses.replace(SMALL, num_looks=3).look_z == pytest.approx(1.992)
+    assert SMALL.look_z == 1.645
+    # 4 of 4 discordant frames: z 2, which is enough for one look, and for five it is not
+    state = after(LOOKS, at_test(LOOKS), Indexed(result=result([1] * 4 + [0] * 4)))
+    assert state.version == 2
+    five = dataclasses.replace(SMALL, num_looks=5, num_steps=9)
+    state = after(five, at_test(five), Indexed(result=result([1] * 4 + [0] * 4)))
+    assert state.version == 1 and state.num_refused == 0
 
 
 def test_a_refused_best_is_not_asked_about_again():
@@ -354,7 +403,10 @@ def test_whatever_happens_parameters_change_only_by_a_believed_test_on_unseen_fr
             assert isinstance(question, Index) and isinstance(event, Indexed)
             assert question.purpose in ("test", "control")
             z, num_discordant = mcnemar_z(event.result.is_indexed, question.baseline)
-            assert z > config.min_z and num_discordant >= config.min_discordant
+            if question.purpose == "control":
+                assert z > config.revert_z
+            else:
+                assert z > config.min_z and num_discordant >= config.min_discordant
             assert state.version == before.version + 1
             if question.purpose == "test":
                 assert before.search is not None
@@ -400,7 +452,7 @@ def test_an_origin_is_the_middle_of_the_geometry():
 # ---- with a tuner --------------------------------------------------------------------------------
 
 BAD = Parameters(min_snr=9.0, min_peaks=25, clen_offset_percent=3.0)
-LIVE = OnlineConfig(num_cache_frames=60, num_first_frames=30, num_test_frames=100, num_steps=8)
+LIVE = OnlineConfig(num_cache_frames=60, num_first_frames=30, num_steps=8)
 
 
 def played(config, name, indexer, num_frames, *, is_forgetful=False, start=BAD):

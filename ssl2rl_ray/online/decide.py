@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -44,6 +44,9 @@ from envs.crystfel.types import (
     concatenate,
 )
 
+POCOCK = (1.645, 1.875, 1.992, 2.067, 2.122)
+"""z for 1 to 5 looks at growing data, each as strict, that together err in 5 % (one-sided; Pocock,
+Biometrika 64 (1977) 191)."""
 MIN_CRYSTALS = 15
 """Indexed frames without which the mean cell and the mean shift of the spots say little."""
 
@@ -58,15 +61,20 @@ class OnlineConfig:
     """N, of a search."""
     num_first_frames: int = 50
     """Of these, on which a candidate is looked at first; 0 = always on all."""
-    num_test_frames: int = 200
-    """Fresh ones, of the test that changes parameters."""
-    num_steps: int = 20
+    num_test_frames: int = 50
+    """Fresh ones, of one look of the test that changes parameters."""
+    num_looks: int = 5
+    """After each the test may end: what is clear needs few frames, what is not gets more."""
+    num_steps: int = 10
     """Proposals of a search."""
     min_z: float = 1.645
-    """McNemar's z above which a difference on pairs is believed (5 %, one-sided)."""
+    """McNemar's z above which a difference on pairs is believed (5 %, one-sided); the higher, the
+    more looks there are (``POCOCK``)."""
+    hopeless_z: float = 0.0
+    """Below it a test ends without a further look."""
     min_discordant: int = 4
     """Frames that only one of the two indexes; with fewer nothing is believed."""
-    rest_frames: int = 4000
+    rest_frames: int = 2000
     """Processed since the last search, after which there is another one without drift."""
     num_drift_frames: int = 200
     """The latest ones, which are compared with those when the rest began."""
@@ -92,6 +100,8 @@ class OnlineConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: must be {low} or more, found {getattr(self, name)}")
+        if not 1 <= self.num_looks <= len(POCOCK):
+            raise ValueError(f"num_looks: must be 1 to {len(POCOCK)}, found {self.num_looks}")
         if self.num_first_frames >= self.num_cache_frames:
             raise ValueError(
                 f"num_first_frames: must be below num_cache_frames {self.num_cache_frames}, "
@@ -100,6 +110,11 @@ class OnlineConfig:
         for name in ("min_z", "drift_z", "revert_z", "drift_cell_percent", "drift_shift_px"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: must be above 0, found {getattr(self, name)}")
+
+    @property
+    def look_z(self) -> float:
+        """That a look of the test must exceed."""
+        return self.min_z * POCOCK[self.num_looks - 1] / POCOCK[0]
 
     @property
     def tuning(self) -> TuningConfig:
@@ -112,7 +127,7 @@ class OnlineConfig:
     def num_kept_frames(self) -> int:
         """Of the latest ones, that the state holds."""
         return max(
-            self.num_cache_frames + 2 * self.num_test_frames,
+            self.num_cache_frames + self.num_looks * self.num_test_frames,
             self.num_drift_frames,
             self.num_control_frames,
         )
@@ -162,6 +177,10 @@ class Search:
     """Proposed, and not judged yet."""
     first: IndexingResult | None = None
     """Of the candidate, on the first frames."""
+    tested: tuple[Batch, ...] = ()
+    """What the best gave on fresh frames, look by look."""
+    tested_flags: BoolArray = field(default_factory=lambda: np.zeros(0, bool))
+    """The incumbent's on the same frames."""
     is_refused: bool = False
     """The best was tested and not believed."""
     num_deployed: int = 0
@@ -480,11 +499,12 @@ def _test(config: OnlineConfig, state: State, search: Search, is_over: bool) -> 
     """The test that is due, if any: of a best that is worth it, on frames that nobody has seen."""
     if search.is_refused or not _is_better(search):
         return None
-    if not is_over and not is_significant(
+    is_worth_it = is_significant(
         search.best_flags, search.incumbent_flags, config.min_z, config.min_discordant
-    ):
+    )
+    if not (is_over or is_worth_it or search.tested):
         return None
-    seen = set(search.frames)
+    seen = {*search.frames, *(frame for batch in search.tested for frame in batch.frames)}
     frames, flags = _latest(state.recent, config.num_test_frames, without=seen)
     if len(frames) < config.num_test_frames:
         return None
@@ -530,7 +550,12 @@ def _searched(
     if is_best:
         assert question.parameters is not None
         search = replace(
-            search, best=question.parameters, best_flags=result.is_indexed, is_refused=False
+            search,
+            best=question.parameters,
+            best_flags=result.is_indexed,
+            tested=(),
+            tested_flags=search.tested_flags[:0],
+            is_refused=False,
         )
     return replace(state, search=search)
 
@@ -546,37 +571,46 @@ def _tested(
     search = state.search
     assert search is not None
     state = replace(state, num_tested=state.num_tested + result.num_frames)
-    z, num_discordant = mcnemar_z(result.is_indexed, question.baseline)
-    is_deployed = is_significant(
-        result.is_indexed, question.baseline, config.min_z, config.min_discordant
-    )
+    tested = (*search.tested, Batch(frames=question.frames, result=result))
+    ours = np.concatenate([batch.result.is_indexed for batch in tested])
+    theirs = np.concatenate([search.tested_flags, question.baseline])
+    z, num_discordant = mcnemar_z(ours, theirs)
+    is_deployed = is_significant(ours, theirs, config.look_z, config.min_discordant)
+    is_last = len(tested) >= config.num_looks or z < config.hopeless_z
+    what = "deployed" if is_deployed else "refused" if is_last else "looked at"
     note: Happened = {
-        "what": "deployed" if is_deployed else "refused",
+        "what": what,
         "version": state.version + is_deployed,
         "parameters": question.parameters.as_dict(),
         "changed": changes(state.incumbent, question.parameters),
-        "num_frames": result.num_frames,
-        "num_indexed": result.num_indexed,
-        "num_indexed_before": int(question.baseline.sum()),
+        "num_frames": len(ours),
+        "num_indexed": int(ours.sum()),
+        "num_indexed_before": int(theirs.sum()),
         "z": round(z, 3),
         "num_discordant": num_discordant,
         "backend": result.version,
         "argv": list(result.argv),
     }
     notes.append(note)
-    if not is_deployed:
+    if what == "looked at":
+        return replace(state, search=replace(search, tested=tested, tested_flags=theirs))
+    search = replace(search, tested=(), tested_flags=theirs[:0])
+    if what == "refused":
         search = replace(search, is_refused=True)
         return replace(state, search=search, num_refused=state.num_refused + 1)
     search = replace(
-        search, incumbent_flags=search.best_flags, num_deployed=search.num_deployed + 1
+        search,
+        incumbent_flags=search.best_flags,
+        num_deployed=search.num_deployed + 1,
+        level=_level(tested, config.num_drift_frames),
     )
     return replace(
         state,
         incumbent=question.parameters,
         version=state.version + 1,
-        recent=(Batch(frames=question.frames, result=result),),
+        recent=tested,
         num_deployed=state.num_deployed + 1,
-        search=replace(search, level=_level_of([result])),
+        search=search,
     )
 
 
