@@ -4,10 +4,10 @@ Run: ``python benchmarks/sfx_drift.py [--policy RUN ...] [--runs 20]`` (minutes 
 run is a simulated experiment that begins well tuned. Over 60 steps of 200 frames its distance moves
 by 2.5 to 5 %, its beam centre by 1 to 3 px, and its background rises (noise peaks x 3 to 12). All
 contestants go through the same online mode (``ssl2rl_ray.online.decide``): the same pipeline, the
-same tests before parameters change, at most 200 frames a step to search and test with; only who
-proposes differs. Loss: best fraction that the experiment allows at the time minus the true fraction
-at the parameters deployed, mean over steps, paired over runs. Conditions: ``distance``,
-``background`` or both with the centre (``all``).
+same tests before parameters change, at most 200 frames a step to search and test with (nobody
+rests, so that all may spend them); only who proposes differs. Loss: best fraction that the
+experiment allows at the time minus the true fraction at the parameters deployed, mean over steps,
+paired over runs. Conditions: ``distance``, ``background`` or both with the centre (``all``).
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from envs.crystfel.types import (
     concatenate,
 )
 from ssl2rl_ray.online.decide import (
+    Event,
+    Happened,
     Index,
     Indexed,
     OnlineConfig,
@@ -153,30 +155,33 @@ class DriftingIndexer:
 
 def play(
     indexer: DriftingIndexer, make: Make, config: OnlineConfig, num_steps: int
-) -> tuple[FloatArray, State]:
-    """(T, 7) the parameters deployed at each step, and the last state."""
+) -> tuple[FloatArray, State, list[Happened]]:
+    """(T, 7) the parameters deployed at each step, the last state, and the audit log."""
     tuner, state, deployed = Tuner(config, make), begin(indexer.start), []
+    audit: list[Happened] = []
     for at in range(num_steps):
         deployed.append(values_of(state.incumbent)[0])
         batch = indexer.frames(at)
         done = indexer.run(state.incumbent, batch)
-        state = step(
-            config, state, Processed(frames=batch, result=done, version=state.version)
-        ).state
+        decision = step(config, state, Processed(frames=batch, result=done, version=state.version))
+        state = decision.state
+        audit += decision.happened
         left = NUM_FRAMES
         while not isinstance(state.question, Wait):
             question = state.question
             if isinstance(question, Propose):
                 assert state.search is not None
-                state = step(config, state, Proposed(parameters=tuner.propose(state.search))).state
-                continue
-            assert isinstance(question, Index)
-            if len(question.frames) > left:
-                break
-            left -= len(question.frames)
-            found = indexer.run(question.parameters, question.frames)
-            state = step(config, state, Indexed(result=found)).state
-    return np.array(deployed), state
+                event: Event = Proposed(parameters=tuner.propose(state.search))
+            else:
+                assert isinstance(question, Index)
+                if len(question.frames) > left:
+                    break
+                left -= len(question.frames)
+                event = Indexed(result=indexer.run(question.parameters, question.frames))
+            decision = step(config, state, event)
+            state = decision.state
+            audit += decision.happened
+    return np.array(deployed), state, audit
 
 
 def measure(
@@ -239,7 +244,7 @@ def main() -> None:
     for text in args.rule:
         name, _, value = text.partition("=")
         rules[name] = float(value) if "." in value else int(value)
-    config = OnlineConfig(control_every=0, **rules)
+    config = OnlineConfig(**({"control_every": 0, "rest_frames": 0} | rules))
     found = {
         condition: measure(condition, makes, config, args.runs, args.seed)
         for condition in args.condition or CONDITIONS
