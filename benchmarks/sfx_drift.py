@@ -195,7 +195,7 @@ def measure(
         begun, lost, counts = time.perf_counter(), [], []
         for run in range(num_runs):
             mine = [experiments.select(slice(run, run + 1)) for experiments in steps]
-            deployed, state = play(
+            deployed, state, _ = play(
                 DriftingIndexer(mine, 1000 * seed + run), make, config, NUM_STEPS
             )
             reached = true_fraction(Experiments.join(mine), deployed)

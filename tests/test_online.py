@@ -616,6 +616,17 @@ def test_the_audit_log_is_only_added_to(tmp_path):
     assert lines[2] == {"line": 3, "time": "t", "what": "b"}
 
 
+def test_another_geometry_is_not_gone_on_with(data, tmp_path):
+    experiment = read_experiment(data)
+    with Store(tmp_path) as store:
+        store.check_origin(experiment)
+        store.check_origin(experiment)
+        other = tmp_path / "other.geom"
+        other.write_text(experiment.geometry_path.read_text() + "; moved\n")
+        with pytest.raises(OnlineError, match="has changed since"):
+            store.check_origin(read_experiment(data, geometry=other))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"is": "Frame", "path": "x"}', '{"is": "no"}'])
 def test_a_damaged_state_says_what_to_do(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
@@ -647,6 +658,7 @@ def test_what_a_user_pastes_is_what_was_tuned(data, tmp_path):
 @dataclasses.dataclass
 class Listed:
     frames: list
+    unreadable: dict = dataclasses.field(default_factory=dict)
 
     def poll(self):
         pass
@@ -780,6 +792,23 @@ def test_a_stream_that_stalls_is_waited_for_and_then_ended(surrogate, tmp_path):
         )
     assert summary["num_processed"] == 130  # the last, short batch as well
     assert summary["num_deployed"] == 0 and summary["num_searches"] == 1
+
+
+def test_files_that_cannot_be_read_yet_are_noted_once(surrogate, tmp_path):
+    source = Listed(list(surrogate.frames[:100]), {"/d/b.h5": "/d/b.h5: cannot be read yet"})
+    with Store(tmp_path / "o") as store:
+        serve(
+            LIVE,
+            RIVALS["keep-initial"],
+            InlineWorkers(surrogate),
+            source,
+            store,
+            initial=BAD,
+            until=Until(num_frames=100),
+            poll_s=0.0,
+        )
+        notes = [line for line in store.audit() if line["what"] == "unreadable"]
+    assert [note["file"] for note in notes] == ["/d/b.h5"]
 
 
 def test_keeping_the_initial_parameters_changes_nothing(surrogate, tmp_path):

@@ -72,7 +72,9 @@ def _add_data(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--geometry", metavar="GEOM", help="instead of the folder's")
     sub.add_argument("--cell", metavar="CELL", help="instead of the folder's")
     sub.add_argument("--list", metavar="LST", help="frames, instead of the folder's")
-    sub.add_argument("--processes", type=int, default=1, help="of the backend (%(default)s)")
+    sub.add_argument(
+        "--processes", type=int, default=1, help="that share the indexing (%(default)s)"
+    )
 
 
 def online(args: argparse.Namespace, progress: Progress) -> Result:
@@ -92,6 +94,7 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
     from ssl2rl_ray.online.store import Store
     from ssl2rl_ray.runs import on_interrupt
     from ssl2rl_ray.tensorboard import TensorBoard
+    from ssl2rl_ray.tuning.spread import SpreadIndexer
 
     for name in ("batch", "processes", "poll_s"):
         if not getattr(args, name) > 0:
@@ -131,7 +134,9 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
         if args.no_ray:
             workers: Any = InlineWorkers(indexer)
         else:
-            stack.enter_context(local_ray(2))
+            stack.enter_context(local_ray(2 + 2 * (args.processes > 1) * args.processes))
+            if args.processes > 1 and args.backend == "embedded":
+                indexer = SpreadIndexer(indexer, num_tasks=args.processes)
             workers = RayWorkers(indexer)
             stack.callback(workers.close)
         state = store.state()

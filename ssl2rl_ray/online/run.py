@@ -49,6 +49,7 @@ class Source(Protocol):
     """Frames that come: ``source.GrowingList`` or ``GrowingFolder``."""
 
     frames: list[Frame]
+    unreadable: dict[str, str]
 
     def poll(self) -> None:
         """Takes in what is new."""
@@ -215,10 +216,12 @@ def serve(
         the summary, plain values.
 
     Raises:
-        OnlineError: a damaged state.
+        OnlineError: a damaged state, or a geometry that is not the one that it is relative to.
         IndexerError: a worker that dies again and again over the same frames.
         FormatError: of the source.
     """
+    if experiment is not None:
+        store.check_origin(experiment)
     state = store.state()
     is_new = state is None
     state = state or begin(initial)
@@ -257,8 +260,14 @@ def serve(
     busy: dict[str, tuple[tuple[Frame, ...], int]] = {}  # frames, version
     num_lost: dict[str, int] = {PIPELINE: 0, TUNER: 0}
     num_tries, last_new, num_seen = 0, clock(), 0
+    told: dict[str, str] = {}
     while stop is None or not stop.is_set():
         source.poll()
+        for path, reason in source.unreadable.items():
+            if told.get(path) != reason:
+                told[path] = reason
+                store.note({"what": "unreadable", "file": path, "reason": reason})
+                tell(reason)
         if is_growing := len(source.frames) > num_seen:
             num_seen, last_new = len(source.frames), clock()
         done = state.num_processed + state.num_skipped

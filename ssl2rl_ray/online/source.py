@@ -1,6 +1,8 @@
 """Frames as they come: a folder whose files grow in number, or a list that grows in length.
 
-Order is kept: a frame once seen has its place for good, also after a restart.
+Order is kept: a frame once seen has its place for good, also after a restart. (CrystFEL's ZMQ input
+is left out: a run of it never ends and keeps its parameters, so that each change means a restart of
+1.5 s and frames lost; files, which every facility writes as well, are indexed twice where asked.)
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ class GrowingList:
         """The file may come later."""
         self.path = Path(os.path.abspath(path))
         self.frames: list[Frame] = []
+        self.unreadable: dict[str, str] = {}
+        """Always empty; see ``GrowingFolder``."""
         self._position = 0
 
     def poll(self) -> None:
@@ -72,7 +76,7 @@ class GrowingFolder:
         self.log = Path(os.path.abspath(log))
         self.frames: list[Frame] = []
         self.unreadable: dict[str, str] = {}
-        """Path and reason."""
+        """Files that cannot be taken in yet, by path: why."""
         self._known: dict[str, tuple[int, int]] = {}
         self._taken: dict[str, int] = {}
         if self.log.exists():

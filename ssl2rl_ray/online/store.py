@@ -1,6 +1,7 @@
 """The folder of an online run: what a restart needs, what a user takes, what an audit asks.
 
 state.json       everything that the tuner knows; written whole after every event
+origin.json      which geometry and cell it is relative to
 audit.jsonl      one line for everything that happened, only ever added to
 frames.lst       the frames in the order of their processing (where a folder is watched)
 tuned.geom       the user's geometry with the incumbent's distance and centre
@@ -76,6 +77,23 @@ class Store:
         if not isinstance(state, State):
             raise OnlineError(f"{path} is no state of an online run")
         return state
+
+    def check_origin(self, experiment: Experiment) -> None:
+        """Offsets are relative to a geometry file: raises OnlineError where it is another now."""
+        path = self.folder / "origin.json"
+        if not path.exists():
+            origin = {"digest": experiment.digest, "geometry": str(experiment.geometry_path)}
+            write_text(path, json.dumps(origin | {"cell": str(experiment.cell_path)}) + "\n")
+        try:
+            digest = json.loads(path.read_text())["digest"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise OnlineError(f"{path} is damaged: start anew with another --out") from error
+        if digest != experiment.digest:
+            raise OnlineError(
+                f"{experiment.geometry_path} or {experiment.cell_path} has changed since the run "
+                f"in {self.folder} began, and its offsets are relative to what they were: start "
+                "anew with another --out"
+            )
 
     def save(self, state: State) -> None:
         """Puts the state in place, whole."""
