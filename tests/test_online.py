@@ -43,7 +43,7 @@ from ssl2rl_ray.online.decide import (
     unit_of,
 )
 from ssl2rl_ray.online.run import Done, InlineWorkers, RayWorkers, Until, serve
-from ssl2rl_ray.online.source import GrowingFolder, GrowingList, frames_of
+from ssl2rl_ray.online.source import GrowingFolder, GrowingList
 from ssl2rl_ray.online.store import OnlineError, Store
 
 SMALL = OnlineConfig(
@@ -546,9 +546,8 @@ def test_files_of_a_folder_are_taken_in_once_they_are_settled(data, tmp_path):
     (incoming / "run-000.h5").write_bytes(b"half a file")
     source.poll()
     source.poll()
-    assert len(source.frames) == 8 and "cannot be read yet" in next(
-        iter(source.unreadable.values())
-    )
+    assert len(source.frames) == 8
+    assert "cannot be opened as HDF5" in source.unreadable[f"{incoming}/run-000.h5"]
     (incoming / "run-000.h5").unlink()
     os.link(data / "frames-001.h5", incoming / "run-000.h5")
     source.poll()
@@ -585,8 +584,22 @@ def test_files_without_the_data_say_so(data, tmp_path):
     geometry = read_geometry(data / "experiment.geom")
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["other"] = 1
-    with pytest.raises(FormatError, match=r"x\.h5: has no data at"):
-        frames_of(geometry, str(tmp_path / "x.h5"))
+    source = GrowingFolder(tmp_path, geometry, tmp_path / "frames.lst")
+    source.poll()
+    source.poll()
+    assert "no dataset" in source.unreadable[f"{tmp_path}/x.h5"] and not source.frames
+
+
+def test_a_listed_file_stands_for_its_frames_once_it_is_there(data, tmp_path):
+    path = tmp_path / "files.lst"
+    path.write_text("a.h5\nb.h5 //5\n")
+    source = GrowingList(path, data / "experiment.geom")
+    source.poll()
+    assert not source.frames and list(source.unreadable) == [f"{tmp_path}/a.h5"]
+    os.link(data / "frames-000.h5", tmp_path / "a.h5")
+    source.poll()
+    assert [f.event for f in source.frames] == [*(f"//{i}" for i in range(8)), "//5"]
+    assert not source.unreadable
 
 
 # ---- the store -----------------------------------------------------------------------------------

@@ -195,22 +195,22 @@ def _stream(args: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
     import time
     from pathlib import Path
 
-    from envs.crystfel.experiment import FRAMES_FILE, read_experiment
+    from envs.crystfel.experiment import FRAMES_FILE, GEOMETRY_FILE, read_experiment
     from envs.crystfel.sfx.formats import read_geometry
     from ssl2rl_ray.online.source import GrowingFolder, GrowingList
 
     deadline = None if args.idle_s is None else time.monotonic() + args.idle_s
     data = Path(args.data)
+    found = sorted(data.glob("*.geom"))
+    geometry = args.geometry or (found[0] if len(found) == 1 else data / GEOMETRY_FILE)
     if args.watch:
-        found = sorted(data.glob("*.geom"))
-        geometry = args.geometry or (found[0] if len(found) == 1 else None)
-        if geometry is None:
+        if not Path(geometry).exists():
             raise ValueError(f"{data} has {len(found)} .geom files: name one by --geometry")
         path = folder / FRAMES_FILE
         source: Any = GrowingFolder(args.watch, read_geometry(geometry), path)
     else:
         path = Path(args.list) if args.list else data / FRAMES_FILE
-        source = GrowingList(path)
+        source = GrowingList(path, geometry)
     source.poll()
     while not source.frames:
         if deadline is not None and time.monotonic() >= deadline:

@@ -8,12 +8,19 @@ is left out: a run of it never ends and keeps its parameters, so that each chang
 from __future__ import annotations
 
 import os
+from collections import deque
 from pathlib import Path
 
-import h5py
-
 from envs.crystfel.indexer import stamp
-from envs.crystfel.sfx.formats import FormatError, Geometry, format_frames, parse_frames
+from envs.crystfel.sfx.formats import (
+    FormatError,
+    Geometry,
+    PathLike,
+    all_frames,
+    format_frames,
+    parse_frames,
+    read_geometry,
+)
 from envs.crystfel.types import Frame
 
 SUFFIXES = (".h5", ".hdf5", ".cxi", ".nxs")
@@ -22,16 +29,24 @@ SUFFIXES = (".h5", ".hdf5", ".cxi", ".nxs")
 class GrowingList:
     """A ``.lst`` file to which lines are added; a line counts once its end is written."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """The file may come later."""
+    def __init__(self, path: str | os.PathLike[str], geometry: PathLike | None = None) -> None:
+        """Nothing is read yet.
+
+        Args:
+            path: of the list, which may come later.
+            geometry: of the ``.geom`` file, by which files listed without an event stand for all
+                their frames; None = each line is one frame.
+        """
         self.path = Path(os.path.abspath(path))
         self.frames: list[Frame] = []
         self.unreadable: dict[str, str] = {}
-        """Always empty; see ``GrowingFolder``."""
+        """Files that cannot be taken in yet, by path: why."""
+        self._geometry_path = geometry
         self._position = 0
+        self._pending: deque[Frame] = deque()
 
     def poll(self) -> None:
-        """Takes in new lines.
+        """Takes in new lines, up to one whose file cannot be read yet.
 
         Raises:
             FormatError: a line that is none, or a file that has become shorter.
@@ -48,8 +63,21 @@ class GrowingList:
             return
         whole = new[: new.rfind(b"\n") + 1]
         text = whole.decode(errors="replace")
-        self.frames += parse_frames(text, os.fspath(self.path), self.path.parent)
+        self._pending.extend(parse_frames(text, os.fspath(self.path), self.path.parent))
         self._position += len(whole)
+        while self._pending:
+            frame = self._pending[0]
+            if frame.event or self._geometry_path is None:
+                self.frames.append(frame)
+            else:
+                try:
+                    geometry = read_geometry(self._geometry_path, frame)
+                    self.frames += all_frames(geometry, (frame,))
+                except FormatError as error:
+                    self.unreadable[frame.path] = str(error)
+                    return
+            self.unreadable.pop(frame.path, None)
+            self._pending.popleft()
 
 
 class GrowingFolder:
@@ -101,7 +129,7 @@ class GrowingFolder:
                 continue
             self._known[f"{path}\0read"] = now
             try:
-                found = frames_of(self.geometry, path)
+                found = all_frames(self.geometry, (Frame(path=path),))
             except FormatError as error:
                 self.unreadable[path] = str(error)
                 continue
@@ -112,31 +140,3 @@ class GrowingFolder:
                     file.write(format_frames(new))
                 self._taken[path] = len(found)
                 self.frames += new
-
-
-def frames_of(geometry: Geometry, path: str) -> list[Frame]:
-    """The frames in a file, in order.
-
-    Raises:
-        FormatError: a file that cannot be read, without the data that the geometry names, or
-            whose events are too involved to count (a list file can name them).
-    """
-    plane = geometry.planes[0]
-    at = [axis for axis, what in enumerate(plane.dims) if what == "%"]
-    if "%" in plane.data or len(at) > 1:
-        raise FormatError(
-            f"{path}: the geometry has events within HDF5 paths or several axes: name the frames "
-            "in a list file (--list)"
-        )
-    try:
-        with h5py.File(path, "r") as file:
-            data = file.get(plane.data)
-            if not isinstance(data, h5py.Dataset):
-                raise FormatError(f"{path}: has no data at {plane.data}")
-            if not at:
-                return [Frame(path=path)]
-            if data.ndim <= at[0]:
-                raise FormatError(f"{path}: {plane.data} has {data.ndim} axes, too few")
-            return [Frame(path=path, event=f"//{i}") for i in range(data.shape[at[0]])]
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read yet: {error}") from error

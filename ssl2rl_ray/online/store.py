@@ -8,6 +8,9 @@ tuned.geom       the user's geometry with the incumbent's distance and centre
 parameters.json  the incumbent
 command.txt      how to index with it
 xwiz.toml        the user's EXtra-Xwiz configuration with it (where one was given)
+
+A crash can leave lines in the log whose consequence is not in the state: they stand there again
+after ``started again``, and what counts is the state.
 """
 
 from __future__ import annotations
