@@ -89,7 +89,7 @@ def surrogate(experiments: Experiments, values: FloatArray, num_frames: int = 10
 
 
 def fit(values: FloatArray, outcome: Outcome, num_rounds: int = 600) -> Experiments:
-    """The experiment that repeats fractions, hits, peaks, cells and shifts best (random descent)."""
+    """The experiment that repeats fractions, hits, peaks, cells and shifts best."""
     rng = np.random.default_rng(2)
     best, spread = nominal_experiment(), 0.3
     names = (*FITTED, *OF_CELL_AND_SHIFT)

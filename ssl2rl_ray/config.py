@@ -474,7 +474,7 @@ class ExperimentsConfig:
 
     kind: Literal["normal", "wide"] = "wide"
     """See ``envs.crystfel.surrogate.draw_experiments``; validation is on ``normal`` ones."""
-    pool_size: int = 4096
+    pool_size: int = 2048
     """Responses that differ; each episode gives one another start, geometry error and frames."""
 
 

@@ -110,7 +110,7 @@ def test_experiments_are_drawn_alike_from_a_seed_and_can_be_tuned(kind):
         np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
     assert len(a) == 40
     best = best_fraction(a)
-    assert (best >= 0.05).all()
+    assert (best >= 0.02).all()
     start = true_fraction(a, a.start)
     assert (start <= best + 0.05).all()
     assert (start / best).mean() < 0.35, "starts are to be bad"

@@ -19,6 +19,7 @@ from envs.crystfel.env import (
     SurrogateBench,
     num_features,
     scale_of,
+    worth,
 )
 from envs.crystfel.surrogate import (
     Sample,
@@ -84,7 +85,7 @@ def test_gymnasiums_checker_is_content(action):
 def test_an_episode_by_hand():
     env, indexer = scripted_env(max_change=1 / 3)  # a third of 3..12 is an SNR of 3
     observation, info = env.reset()
-    assert observation.shape == (num_features(env.config),) == (2 * (1 + 11) + 2,)
+    assert observation.shape == (num_features(env.config),) == (4 * 1 + 2 * 11 + 4,)
     assert info["indexed_fraction"] == pytest.approx(0.3)
     _, reward, terminated, truncated, info = env.step(np.array([1.0]))  # SNR 9
     assert (info["parameters"].min_snr, info["indexed_fraction"]) == (9, pytest.approx(0.6))
@@ -228,7 +229,7 @@ def test_vector_episodes_end_together_and_begin_anew(action):
     begun, reward, terminated, *_ = env.step(env.action_space.sample())
     assert not terminated.any() and not reward.any()
     assert not np.array_equal(begun, observation)
-    assert (begun[:, -1] == 1).all(), "all steps are left"
+    assert (begun[:, 37] == 1).all() and not begun[:, 38:].any(), "all steps are left"
 
 
 def test_the_same_seed_gives_the_same_episodes():
@@ -241,14 +242,36 @@ def test_the_same_seed_gives_the_same_episodes():
         np.testing.assert_array_equal(got, again)
 
 
-def test_rewards_add_up_to_the_rise_as_a_share_of_the_best():
+def test_rewards_add_up_to_what_the_rise_is_worth():
     env = small(num_steps=6)
     env.reset(seed=5)
     begun = env._progress.best_fraction.copy()
     total = 0
     for _ in range(6):
         total = total + env.step(env.action_space.sample())[1]
-    np.testing.assert_allclose(total, (env._progress.best_fraction - begun) / env._reference)
+    shares = [f / env._reference for f in (begun, env._progress.best_fraction)]
+    np.testing.assert_allclose(total, worth(shares[1]) - worth(shares[0]))
+
+
+def test_the_last_steps_to_the_best_are_worth_more_than_the_first():
+    got = worth(np.array([0.0, 0.1, 0.8, 0.9, 1.05, 2.0]))
+    assert got[3] - got[2] > 2 * (got[1] - got[0]) > 0
+    np.testing.assert_allclose(got[-2:], -np.sqrt(0.02))
+
+
+def test_what_gains_told_is_remembered_by_hand():
+    """SNR 6 -> 9 (a third of the range, 10/3 typical moves) doubles the fraction of 0.3."""
+    env, _ = scripted_env(max_change=1 / 3)
+    env.reset()
+    env.step(np.array([1.0]))
+    gain = min(0.3 / 0.32, 1)
+    np.testing.assert_allclose(env._progress.slope.ravel(), [gain * 10 / 3] * 2)
+    observation, *_ = env.step(np.array([-1.0]))  # back to SNR 6: a third less, a loss of 0.3
+    lost = 0.3 / 0.62
+    expected = [0.8 * gain * 10 / 3 + lost * 10 / 3, 0.8 * gain * 10 / 3 - lost * 10 / 3]
+    np.testing.assert_allclose(env._progress.slope.ravel(), expected)
+    np.testing.assert_allclose(observation[-3:], [-lost, *np.clip(expected, -3, 3)], atol=1e-6)
+    assert observation[-4] == pytest.approx(0.1), "one step since the best"
 
 
 def test_the_single_environment_and_the_vector_play_alike():

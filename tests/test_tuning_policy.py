@@ -47,7 +47,7 @@ def test_a_policy_survives_its_files(tmp_path, action):
     ours.save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"policy.json", "policy.safetensors"}
     again = TuningPolicy.load(tmp_path)
-    observation = np.random.default_rng(0).normal(size=(5, 28)).astype(np.float32)
+    observation = np.random.default_rng(0).normal(size=(5, 34)).astype(np.float32)
     np.testing.assert_array_equal(again.act(observation), ours.act(observation))
     spread = [p.act(observation, np.random.default_rng(1)) for p in (ours, again)]
     np.testing.assert_array_equal(*spread)
@@ -62,7 +62,7 @@ def test_the_spread_is_the_networks():
     with torch.no_grad():
         head.weight.zero_()
         head.bias.copy_(torch.tensor([0.3, -0.1, np.log(0.2), np.log(0.2)]))
-    observation = np.zeros((4000, 28), np.float32)
+    observation = np.zeros((4000, 34), np.float32)
     np.testing.assert_allclose(ours.act(observation[:1]), [[0.3, -0.1]], atol=1e-6)
     drawn = ours.act(observation, np.random.default_rng(0))
     np.testing.assert_allclose(drawn.mean(0), [0.3, -0.1], atol=0.02)
@@ -111,7 +111,7 @@ def test_it_acts_without_ray(tmp_path):
     policy().save(tmp_path)
     code = (
         "import sys; from ssl2rl_ray.tuning.policy import TuningPolicy; import numpy as np\n"
-        f"TuningPolicy.load({str(tmp_path)!r}).act(np.zeros((1, 28)))\n"
+        f"TuningPolicy.load({str(tmp_path)!r}).act(np.zeros((1, 34)))\n"
         "assert 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
@@ -203,7 +203,7 @@ def test_the_exported_network_is_rllibs(tmp_path):
             seed=0,
         )
         algorithm.train()
-        observation = np.random.default_rng(0).normal(size=(6, 28)).astype(np.float32)
+        observation = np.random.default_rng(0).normal(size=(6, 34)).astype(np.float32)
         module = algorithm.learner_group._learner.module[DEFAULT_MODULE_ID]
         with torch.no_grad():
             theirs = module.forward_inference({Columns.OBS: torch.as_tensor(observation)})

@@ -95,7 +95,7 @@ def scale_of(names: tuple[str, ...]) -> Scale:
 # ---- what an evaluation tells --------------------------------------------------------------------
 
 FREE_OUTPUTS = (
-    "indexed_fraction",
+    "sqrt_indexed_fraction",
     "hit_fraction",
     "peaks_10",
     "peaks_50",
@@ -110,6 +110,8 @@ FREE_OUTPUTS = (
 """J numbers of an evaluation that an observation holds, each of order 1."""
 CELL_SCALE, SHIFT_SCALE_PX = 0.05, 4.0
 """A cell ratio so far from 1, and a spot shift so long, are 1 in an observation."""
+TYPICAL_MOVE, MEMORY = 0.1, 0.8
+"""Share of a parameter's range; how much of what gains told is left after a step."""
 _BOUND = 3.0
 """Of every number of an observation."""
 
@@ -155,13 +157,13 @@ class Outcome:
         return dataclasses.replace(self, **merged)
 
     def features(self, fraction: FloatArray, is_free_seen: bool) -> FloatArray:
-        """(E, J) ``FREE_OUTPUTS``, the first being ``fraction``, the others 0 where not seen."""
+        """(E, J) ``FREE_OUTPUTS``, the first of ``fraction``, the others 0 where not seen."""
         seen = np.isfinite(self.cell_ratio)
         cell = np.clip(np.nan_to_num((self.cell_ratio - 1) / CELL_SCALE), -2, 2)
         shift = np.clip(np.nan_to_num(self.spot_shift_px / SHIFT_SCALE_PX), -2, 2)
         features = np.column_stack(
             [
-                fraction,
+                np.sqrt(np.maximum(fraction, 0)),  # equal steps are equally significant
                 self.hit_fraction,
                 np.log1p(self.peak_quantiles) / 5,
                 seen,
@@ -193,6 +195,10 @@ class Progress:
         self.start_fraction = self.best_fraction.copy()
         self.best_free = outcome.features(self.best_fraction, config.is_free_seen)
         self.last_free = self.best_free.copy()
+        self.last_fraction = self.best_fraction.copy()
+        self.last_gain = np.zeros(len(unit))
+        self.slope = np.zeros((2, *unit.shape))
+        self.num_since_best = np.zeros(len(unit))
         self.num_steps_done = 0
 
     def propose(self, action: Any) -> FloatArray:
@@ -214,18 +220,28 @@ class Progress:
         fraction = self.best_fraction + gain
         is_better = gain > 0
         rise = np.maximum(gain, 0)
-        change = fraction - self.last_free[:, 0]
+        change = fraction - self.last_fraction
         free = outcome.features(fraction, self.config.is_free_seen)
-        self.last_unit, self.last_free = np.array(unit), free
+        self.last_unit, self.last_free, self.last_fraction = np.array(unit), free, fraction
+        self.last_gain = np.clip(gain / (self.best_fraction + 0.02), -1, 1)
+        move = (unit - self.best_unit) / TYPICAL_MOVE
+        told = self.last_gain[:, None] * np.stack([move, np.abs(move)])
+        self.slope = MEMORY * self.slope + told
         self.best_unit = np.where(is_better[:, None], unit, self.best_unit)
         self.best_free = np.where(is_better[:, None], free, self.best_free)
         self.best_fraction = np.where(is_better, fraction, self.best_fraction)
+        self.num_since_best = np.where(is_better, 0, self.num_since_best + 1)
         self.num_steps_done += 1
         reward = rise if self.config.reward == "best" else change
         return reward - self.config.time_cost * outcome.cpu_frame_s
 
     def observation(self) -> FloatArray:
-        """(E, F) float32: best and last units and free outputs, start fraction, steps left."""
+        """(E, F) float32, each number of order 1.
+
+        Best and last units, best and last free outputs, start fraction, steps left, steps since
+        the best was found, the last gain as a share of the best before it, and where gains lay:
+        a fading sum of gain x move (a direction) and of gain x size of the move, by parameter.
+        """
         steps_left = 1 - (self.num_steps_done % self.config.num_steps) / self.config.num_steps
         columns = np.column_stack(
             [
@@ -235,6 +251,9 @@ class Progress:
                 self.last_free,
                 self.start_fraction,
                 np.full(len(self.start), steps_left),
+                np.minimum(self.num_since_best, 10) / 10,
+                self.last_gain,
+                *self.slope,
             ]
         )
         return np.clip(columns, -_BOUND, _BOUND).astype(np.float32)
@@ -348,7 +367,7 @@ def observation_space(config: TuningConfig) -> spaces.Box:
 
 def num_features(config: TuningConfig) -> int:
     """F."""
-    return 2 * (len(config.tunables) + len(FREE_OUTPUTS)) + 2
+    return 4 * len(config.tunables) + 2 * len(FREE_OUTPUTS) + 4
 
 
 class CrystFELTuningEnv(gym.Env[np.ndarray, Any]):
@@ -400,8 +419,7 @@ class CrystFELTuningEnv(gym.Env[np.ndarray, Any]):
         before = None if is_restart else self._progress
         start = self.bench.start if before is None else before.best_values
         outcome = self._evaluate(start)
-        self._progress = Progress(self.config, self.bench.start, outcome)
-        self._progress.best_unit = self._progress.last_unit = self.scale.unit(start)
+        self._progress = Progress(self.config, start, outcome)
         return self._progress.observation()[0], self._info(start, outcome)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -435,12 +453,18 @@ class CrystFELTuningEnv(gym.Env[np.ndarray, Any]):
         }
 
 
+def worth(share: FloatArray) -> FloatArray:
+    """Of a share of the best fraction: the last steps towards it count more than the first."""
+    return -np.sqrt(np.maximum(1.05 - share, 0.02))
+
+
 class CrystFELVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
     """E simulated experiments, drawn afresh for every episode, in one numpy step.
 
-    The reward is divided by the best fraction that the experiment allows, so that poor and rich
-    samples count alike; only the reward knows it. All episodes are equally long and end together;
-    the next step resets them (Gymnasium's NEXT_STEP), its actions ignored.
+    The reward ``best`` is the rise of what the share of the best possible fraction is worth
+    (``worth``), so that poor and rich samples count alike; only the reward knows what is possible.
+    All episodes are equally long and end together; the next step resets them (Gymnasium's
+    NEXT_STEP), its actions ignored.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012
@@ -451,7 +475,7 @@ class CrystFELVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         num_envs: int,
         *,
         kind: Kind = "normal",
-        pool_size: int = 4096,
+        pool_size: int = 2048,
         seed: int | None = None,
     ) -> None:
         """Draws a pool of experiments, from which episodes draw; starts are mixed among them.
@@ -472,7 +496,7 @@ class CrystFELVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         rng = np.random.default_rng(seed)
         self._pool = draw_experiments(rng, kind, pool_size)
-        self._pool_best = best_fraction(self._pool)
+        self._pool_best = best_fraction(self._pool, 100)
         self._bench: SurrogateBench | None = None
         self._progress: Progress | None = None
         self._is_over = False
@@ -500,7 +524,11 @@ class CrystFELVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         values = self.scale.values(unit, bench.start)
         outcome = Outcome.of(bench.run(self._rows, values, bench.num_frames))
         gain = outcome.indexed_fraction - progress.best_fraction
-        reward = progress.update(unit, outcome, gain) / self._reference
+        before = progress.best_fraction
+        reward = progress.update(unit, outcome, gain)
+        if self.config.reward == "best":
+            rise = worth(progress.best_fraction / self._reference) - worth(before / self._reference)
+            reward = reward + rise - (progress.best_fraction - before)
         self._is_over = progress.num_steps_done >= self.config.num_steps
         terminated = np.full(self.num_envs, self._is_over)
         return progress.observation(), reward, terminated, nothing, {}

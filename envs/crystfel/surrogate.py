@@ -282,19 +282,13 @@ _RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "cpu_frame_s": ((0.015, 0.03), (0.01, 0.06)),
     "cpu_hit_s": ((0.02, 0.05), (0.02, 0.1)),
     "cpu_peak_s": ((0.0002, 0.0004), (0.0001, 0.0008)),
-    "optimum_clen_percent": ((-3.5, 3.5), (-4.5, 4.5)),
 }
-WIDER = 0.5
-"""Of a range's width, added on both sides."""
-_POSSIBLE = {
-    "crystal_share": (0.1, 0.98),
-    "pixel_saturation": (1.0, 8.0),
-    "pixel_loss": (0.05, 1.0),
-    "junk_fall": (0.2, 2.0),
-    "junk_pixel_loss": (0.1, 2.0),
-    "optimum_clen_percent": (-5.0, 5.0),
-}
-"""What a stretched range is cut off at."""
+STRETCH = 1.0
+"""The most that a range is stretched by on each side, as a share of its width."""
+_SIGNED = ("clen_asymmetry", "cell_bias_percent", "shift_turn")
+_AT_MOST = {"crystal_share": 0.98}
+_CLEN_PERCENT = {"normal": 3.5, "wide": 5.0, "harder": 4.5}
+"""The distance's error is uniform within so much on both sides."""
 _CENTRE_PX = {"normal": 3.0, "wide": 4.5, "harder": 4.0}
 """The centre's error is uniform in a disc of this radius."""
 _STARTS: dict[Kind, tuple[tuple[float, float], ...]] = {
@@ -308,10 +302,11 @@ _STARTS: dict[Kind, tuple[tuple[float, float], ...]] = {
 def draw_experiments(rng: np.random.Generator, kind: Kind, num_experiments: int) -> Experiments:
     """Experiments with bad starts.
 
-    ``normal``: response curves around the measured ones. ``wide``: the same ranges stretched by
-    ``WIDER`` and starts as far as users may be off; what to train on. ``harder`` is unlike both:
-    weaker crystals, long tails of junk, narrow and lopsided windows, free outputs that say little;
-    nothing is ever trained on it. Experiments whose best setting indexes less than 5 % of the
+    ``normal``: response curves around the measured ones. ``wide``, what to train on: each
+    experiment stretches all those ranges by a share of their own width, between 0 and 1, and starts
+    may be farther off. ``harder`` is unlike both in what it draws from and always hard: weaker
+    crystals, long tails of junk, narrow and lopsided windows, free outputs that say little; nothing
+    is ever trained on it. Experiments whose best setting indexes less than 5 % of the
     frames are drawn again.
 
     Raises:
@@ -324,21 +319,13 @@ def draw_experiments(rng: np.random.Generator, kind: Kind, num_experiments: int)
     found: list[Experiments] = []
     while (missing := num_experiments - sum(map(len, found))) > 0:
         drawn = _draw(rng, kind, missing + missing // 4 + 8)
-        found.append(drawn.select(np.flatnonzero(best_fraction(drawn) >= 0.05)))
+        found.append(drawn.select(np.flatnonzero(best_fraction(drawn, 80) >= 0.05)))
     return Experiments.join(found).select(slice(0, num_experiments))
 
 
-def _range(name: str, kind: Kind) -> tuple[float, float]:
-    normal, harder = _RANGES[name]
-    if kind != "wide":
-        return harder if kind == "harder" else normal
-    more = WIDER * (normal[1] - normal[0])
-    low, high = _POSSIBLE.get(name, (-np.inf, np.inf))
-    return max(normal[0] - more, low), min(normal[1] + more, high)
-
-
 def _draw(rng: np.random.Generator, kind: Kind, num: int) -> Experiments:
-    values = {name: rng.uniform(*_range(name, kind), num) for name in _RANGES}
+    stretch = STRETCH * rng.random(num) if kind == "wide" else 0.0
+    values = {name: _uniform(rng, name, kind, stretch, num) for name in _RANGES}
     radius, angle = _CENTRE_PX[kind] * np.sqrt(rng.random(num)), rng.uniform(0, 2 * np.pi, num)
     (snr, threshold, pixels, peaks) = _STARTS[kind]
     start = np.zeros((num, len(TUNABLES)))
@@ -348,9 +335,22 @@ def _draw(rng: np.random.Generator, kind: Kind, num: int) -> Experiments:
     start[:, _PEAKS] = rng.integers(int(peaks[0]), int(peaks[1]) + 1, num)
     return Experiments(
         start=start,
+        optimum_clen_percent=rng.uniform(-1, 1, num) * _CLEN_PERCENT[kind],
         optimum_centre_px=np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1),
         **values,
     )
+
+
+def _uniform(
+    rng: np.random.Generator, name: str, kind: Kind, stretch: FloatArray | float, num: int
+) -> FloatArray:
+    """(E,) within a range, stretched by a share (E,) of its width on both sides."""
+    low, high = _RANGES[name][kind == "harder"]
+    more = stretch * (high - low)
+    values = rng.uniform(low - more, high + more, num)
+    if (name not in _SIGNED and not name.startswith("log_")) or name.endswith("_sd"):
+        values = np.maximum(values, low / 3)  # what cannot be negative
+    return np.minimum(values, _AT_MOST.get(name, np.inf))
 
 
 # ---- their frames --------------------------------------------------------------------------------

@@ -29,8 +29,11 @@ from envs.crystfel.types import FloatArray, TuningConfig
 
 FORMAT = "ssl2rl-tuning-policy"
 FORMAT_VERSION = 1
-MAX_LOG_SPREAD = 4.0
-"""Logs of sds are cut off there, as in training."""
+MAX_LOG_SPREAD = 2.6
+"""Logs of sds are cut off at plus and minus this, in training too: an sd of 0.07 at least."""
+PATIENCE, STUCK_SPREAD = 5, 0.12
+"""After so many evaluations without a gain an experiment is unlike those of the training, and
+actions are spread at least so much (chosen on simulated experiments of their own seed)."""
 
 
 class PolicyError(ValueError):
@@ -84,8 +87,16 @@ class TuningPolicy:
         return cls(network=network, config=config, hidden_sizes=hidden_sizes, name=name)
 
     @torch.no_grad()
-    def act(self, observation: FloatArray, rng: np.random.Generator | None = None) -> FloatArray:
-        """(E, K) actions, or (E,) discrete ones, of (E, F) observations; greedy without ``rng``."""
+    def act(
+        self,
+        observation: FloatArray,
+        rng: np.random.Generator | None = None,
+        least_sd: FloatArray | float = 0.0,
+    ) -> FloatArray:
+        """(E, K) actions, or (E,) discrete ones, of (E, F) observations; greedy without ``rng``.
+
+        ``least_sd``: of (E, 1) or all, where the policy has grown too sure of itself.
+        """
         output = self.network(torch.as_tensor(observation, dtype=torch.float32)).numpy()
         if self.config.action == "discrete":
             noise = 0.0 if rng is None else rng.gumbel(size=output.shape)
@@ -94,7 +105,7 @@ class TuningPolicy:
         if rng is None:
             return mean
         sd = np.exp(np.clip(log_sd, -MAX_LOG_SPREAD, MAX_LOG_SPREAD))
-        return mean + sd * rng.standard_normal(mean.shape)
+        return mean + np.maximum(sd, least_sd) * rng.standard_normal(mean.shape)
 
     def save(self, folder: Path) -> None:
         """Writes both files; the folder exists."""
@@ -187,8 +198,11 @@ class PolicyOptimiser:
         self.progress = Progress(policy.config, start, outcome)
 
     def ask(self) -> FloatArray:
-        """(E, K) units."""
-        return self.progress.propose(self.policy.act(self.progress.observation(), self.rng))
+        """(E, K) units; wider ones where the last ``PATIENCE`` gained nothing."""
+        is_stuck = self.progress.num_since_best >= PATIENCE
+        least_sd = np.where(is_stuck, STUCK_SPREAD, 0.0)[:, None]
+        action = self.policy.act(self.progress.observation(), self.rng, least_sd)
+        return self.progress.propose(action)
 
     def tell(self, trial: Trial) -> None:
         """Keeps the best."""
