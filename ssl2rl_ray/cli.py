@@ -186,10 +186,26 @@ def _loop_text(folder: Path, summary: dict[str, Any]) -> str:
     return f"{format_summary(summary)}\n{folder}: done; `ssl2rl report {folder} --out DIR` draws it"
 
 
+def _tuner_bar(config: Any, progress: _Progress) -> Callable[[dict[str, Any]], None]:
+    def bar(row: dict[str, Any]) -> None:
+        found = f"training (validation {row['validation/share_of_best']:.3f} of the best)"
+        progress("training", row["num_env_steps"] / config.training.num_env_steps, found)
+
+    return bar
+
+
+def _tuner_text(folder: Path, summary: dict[str, Any]) -> str:
+    return (
+        f"{folder}: done, {summary['best_share_of_best']:.3f} of the best on simulated "
+        f"experiments; `ssl2rl sfx compare --data DIR --policy {folder}` tunes with it"
+    )
+
+
 _RUN_WORDS: dict[str, tuple[Callable[..., Any], Callable[[Path, dict[str, Any]], str]]] = {
     "navigation": (_policy_bar, _policy_text),
     "perception": (_classifier_bar, _classifier_text),
     "ssl2rl": (_loop_bar, _loop_text),
+    "crystfel": (_tuner_bar, _tuner_text),
 }
 """Of each kind of run: its bar on a terminal, and what is said at its end."""
 _JUDGED = {
