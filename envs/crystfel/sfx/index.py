@@ -34,7 +34,7 @@ from scipy.special import betainc
 from envs.crystfel.types import BoolArray, FloatArray, IntArray, UnitCell
 
 LENGTH_TOLERANCE = 0.042
-"""Of each axis against the known cell. Never tuned: a wide one takes junk.
+"""Of the known cell against each axis that is found. Never tuned: a wide one takes junk.
 
 CrystFEL's default is 5 %, of cells that its refinement has drawn back towards where they were: with
 the distance 3 % wrong it reports 2.6 %. Cells here follow the whole error, so that 4.2 % accepts
@@ -42,12 +42,12 @@ what 5 % accepts there (measured on the same frames at 3 and 4 %).
 """
 ANGLE_TOLERANCE_DEG = 1.5
 """Of each angle (CrystFEL's default)."""
-MIN_EXPLAINED = 0.42
+MIN_EXPLAINED = 0.39
 """Share of the peaks within ``EXPLAINED_WITHIN`` of the lattice."""
 EXPLAINED_WITHIN = 0.25
 """Of a lattice spacing, along each axis."""
-MAX_LOG10_P = -4.0
-"""Of the whole lattice: one in 10 000 blank hits, were peaks to lie anywhere."""
+MAX_LOG10_P = -6.0
+"""Of the whole lattice: one in a million blank hits, were peaks to lie anywhere."""
 MAX_LOG10_P_AXIS = -3.0
 """Of each axis, given the other two."""
 
@@ -298,7 +298,7 @@ class KnownCell:
     def is_alike(self, bases: FloatArray) -> BoolArray:
         """(M,) whether the cells are the known one within the tolerances."""
         found, known = cell_parameters(bases), self.parameters
-        is_long = np.abs(found[:, :3] / known[:3] - 1) <= LENGTH_TOLERANCE
+        is_long = np.abs(known[:3] / found[:, :3] - 1) <= LENGTH_TOLERANCE
         is_wide = np.abs(found[:, 3:] - known[3:]) <= ANGLE_TOLERANCE_DEG
         return np.all(np.concatenate([is_long, is_wide], axis=1), axis=1)
 
