@@ -26,6 +26,7 @@ from envs.crystfel.surrogate import (
     Experiments,
     Sample,
     SurrogateIndexer,
+    at_optimum,
     best_fraction,
     draw_experiments,
     respond,
@@ -58,6 +59,7 @@ from ssl2rl_ray.online.decide import (
 from ssl2rl_ray.stats import paired_difference, summarize
 
 NUM_STEPS, NUM_FRAMES = 60, 200
+NUM_TRUTH = 1500
 CONDITIONS = ("all", "distance", "background")
 CONTESTANTS = (
     "keep-initial", "snr-grid", "random", "noise", "coordinate", "rules", "tpe-warm", "gp",
@@ -94,11 +96,11 @@ def tuned(experiments: Experiments) -> Experiments:
         optimum_centre_px=np.zeros((len(experiments), 2)),
     )
     best, start = np.full(len(right), -1.0), np.zeros_like(right.start)
-    for snr in (4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0):
-        for pixels in (2, 3, 4):
-            for threshold in (0.0, 20.0, 40.0, 80.0):
-                values = np.tile([snr, threshold, pixels, 10.0, 0, 0, 0], (len(right), 1))
-                reached = true_fraction(right, values, 600)
+    for snr in (3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.5, 10.0):  # the grid of ``best_fraction``
+        for pixels in (2, 3, 4, 6):
+            for threshold in (0.0, 10.0, 20.0, 40.0, 80.0, 160.0):
+                values = at_optimum(right, snr, threshold, pixels)
+                reached = true_fraction(right, values, NUM_TRUTH)
                 start = np.where((reached > best)[:, None], values, start)
                 best = np.maximum(best, reached)
     return dataclasses.replace(right, start=start)
@@ -188,7 +190,8 @@ def measure(
     condition: str, makes: dict[str, Make], config: OnlineConfig, num_runs: int, seed: int
 ) -> dict[str, object]:
     steps = drifting(condition, num_runs, seed, NUM_STEPS)
-    best = np.stack([best_fraction(experiments, 600) for experiments in steps])  # (T, R)
+    # on the same frames as the truth below, so that the best setting loses nothing; (T, R)
+    best = np.stack([best_fraction(experiments, NUM_TRUTH) for experiments in steps])
     losses: dict[str, FloatArray] = {}
     rows: dict[str, object] = {}
     for name, make in makes.items():
@@ -198,7 +201,7 @@ def measure(
             deployed, state, _ = play(
                 DriftingIndexer(mine, 1000 * seed + run), make, config, NUM_STEPS
             )
-            reached = true_fraction(Experiments.join(mine), deployed)
+            reached = true_fraction(Experiments.join(mine), deployed, NUM_TRUTH)
             lost.append(np.maximum(best[:, run], reached) - reached)
             counts.append((state.num_deployed, state.num_searched + state.num_tested))
         losses[name] = np.array(lost).mean(1)

@@ -21,7 +21,14 @@ import numpy as np
 from sfx_drift import NUM_FRAMES, NUM_STEPS, DriftingIndexer, play, tuned
 
 from envs.crystfel.rivals import RIVALS, Make
-from envs.crystfel.surrogate import Experiments, Sample, best_fraction, draw_experiments, respond
+from envs.crystfel.surrogate import (
+    Experiments,
+    Sample,
+    best_fraction,
+    draw_experiments,
+    respond,
+    true_fraction,
+)
 from envs.crystfel.types import BoolArray, FloatArray, Parameters
 from ssl2rl_ray.online.decide import OnlineConfig, values_of
 
@@ -45,7 +52,7 @@ def harm(before: BoolArray, after: BoolArray) -> tuple[float, float]:
 def measure(
     starts: Experiments, makes: dict[str, Make], config: OnlineConfig, seed: int
 ) -> dict[str, Any]:
-    best = best_fraction(starts, 600)
+    best = best_fraction(starts, 1500)
     found: dict[str, Any] = {"best_fraction": float(best.mean()), "contestants": {}}
     for name, make in makes.items():
         rows: list[dict[str, Any]] = []
@@ -79,10 +86,7 @@ def measure(
                 }
             )
             values, which = np.unique(deployed, axis=0, return_inverse=True)
-            sample = Sample.draw(np.random.default_rng(90_210), 1, 3000)
-            reached = np.array(
-                [respond(mine, sample, row[None]).indexed_fraction[0] for row in values]
-            )
+            reached = np.concatenate([true_fraction(mine, row[None], 1500) for row in values])
             curves.append(reached[which.ravel()])
         total = {key: float(np.sum([row[key] for row in rows])) for key in rows[0]}
         found["contestants"][name] = total | {
