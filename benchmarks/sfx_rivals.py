@@ -39,7 +39,7 @@ from envs.crystfel.surrogate import (
     nominal_experiment,
     true_fraction,
 )
-from envs.crystfel.types import FloatArray, TuningConfig
+from envs.crystfel.types import FloatArray, IntArray, TuningConfig
 from ssl2rl_ray.stats import summarize
 from ssl2rl_ray.tuning.policy import TuningPolicy
 
@@ -81,7 +81,7 @@ def shares(experiments: Experiments, traces: dict[str, Trace], num: int) -> dict
     return {name: rows / best for name, rows in reached.items()}
 
 
-def frames_to(share: FloatArray, num_frames: FloatArray, level: float = 0.95) -> FloatArray:
+def frames_to(share: FloatArray, num_frames: IntArray, level: float = 0.95) -> FloatArray:
     """(E,) frames until a share is reached; infinite = not within the budget."""
     is_there = share >= level
     first = is_there.argmax(0)
@@ -98,7 +98,9 @@ def agent_share(policy: TuningPolicy, num_steps: int = 200) -> tuple[float, floa
     begun = time.perf_counter()
     for _ in range(num_steps):
         unit = optimiser.ask()
-        optimiser.tell(Trial(unit=unit, outcome=outcome, gain=np.zeros(1)))
+        optimiser.tell(
+            Trial(unit=unit, outcome=outcome, gain=np.zeros(1), best_fraction=np.ones(1))
+        )
     seconds = (time.perf_counter() - begun) / num_steps
     return seconds, seconds / (seconds + 200 / EMBEDDED_FRAMES_PER_S)
 

@@ -85,18 +85,33 @@ def test_the_loop_keeps_the_best_and_counts_frames():
     np.testing.assert_allclose([t.gain[0] for t in asked.trials], [0.2, -0.1, 0.1])
 
 
-def test_racing_looks_at_few_frames_first():
-    """At SNR 5 and below, the loser is found out on the first 25 frames; equals go on."""
-    asked = Listed([3.5, 8, 7])
-    bench = Scripted(lambda v: 10 * (v[0] - 3))
+def test_racing_decides_as_early_as_it_can():
+    """Of 100 frames, the first 10 x (SNR - 3) index; rungs of 25, 50 and 100 frames.
+
+    The start, SNR 4, indexes 10 of its first 25. 3.5 indexes 5 there and is dropped. 9 indexes all
+    25, 15 more and none less, and is taken at once. 8 looks the same on 25 and on 50 frames, for
+    which the best must be indexed there too, and only all frames show that it is worse.
+    """
+    asked = Listed([3.5, 9, 8])
+    bench = Scripted(lambda v: 10 * (v[0] - 3), start=4.0)
     trace = tune(
         bench, SNR, asked, num_evaluations=4, rng=np.random.default_rng(0), num_first_frames=25
     )
-    # start 30 of 100; 3.5: 5 of the first 25 against 25; 8: 25 against 25, goes on; 7 too
-    assert trace.num_frames[:, 0].tolist() == [100, 125, 225, 325]
-    assert [n for _, n in bench.asked] == [100, 25, 25, 100, 25, 100]
-    np.testing.assert_allclose([t.gain[0] for t in asked.trials], [-0.8, 0.2, -0.1])
-    assert trace.best_values[:, 0, 0].tolist() == [6, 6, 8, 8]
+    assert trace.num_frames[:, 0].tolist() == [25, 50, 75, 75 + 100 + 75]
+    assert [n for _, n in bench.asked] == [25, 25, 25, 25, 50, 50, 100, 100]
+    np.testing.assert_allclose([t.gain[0] for t in asked.trials], [-0.2, 0.6, -0.1])
+    np.testing.assert_allclose([t.best_fraction[0] for t in asked.trials], [0.4, 0.4, 0.6])
+    assert trace.best_values[:, 0, 0].tolist() == [4, 4, 9, 9]
+    np.testing.assert_allclose(trace.best_fraction[:, 0], [0.4, 0.4, 1.0, 0.6])
+
+
+def test_racing_does_not_go_on_where_nothing_indexes():
+    asked = Listed([8, 9])
+    bench = Scripted(lambda v: 0)
+    trace = tune(
+        bench, SNR, asked, num_evaluations=3, rng=np.random.default_rng(0), num_first_frames=25
+    )
+    assert trace.num_frames[:, 0].tolist() == [25, 50, 75]
 
 
 def test_a_budget_ends_it():
@@ -181,30 +196,34 @@ def test_expected_improvement_by_hand():
     np.testing.assert_allclose(got, [0.39894228, 0, 9], atol=1e-7)
 
 
+@pytest.mark.parametrize("num_first_frames", [None, 20])
 @pytest.mark.parametrize("name", RIVALS)
-def test_every_rival_proposes_within_bounds_and_only_gains(name):
+def test_every_rival_proposes_within_bounds_and_only_gains(name, num_first_frames):
     if name.startswith("tpe"):
         pytest.importorskip("optuna")
     e = draw_experiments(np.random.default_rng(31), "normal", 5)
     bench = SurrogateBench(e, Sample.draw(np.random.default_rng(32), 5, 60))
     config = TuningConfig(num_frames=60)
-    traces = [
+    trace, again = (
         tune(
             bench,
             config,
             RIVALS[name],
             num_evaluations=9,
             rng=np.random.default_rng(0),
-            num_first_frames=20,
+            num_first_frames=num_first_frames,
         )
         for _ in range(2)
-    ]
-    trace = traces[0]
+    )
+    np.testing.assert_array_equal(trace.unit, again.unit)
     assert trace.unit.shape == (9, 5, 7)
     assert ((trace.unit >= 0) & (trace.unit <= 1)).all()
-    assert (np.diff(trace.best_fraction, axis=0) >= 0).all()
-    assert (np.diff(trace.num_frames, axis=0) >= 20).all()
-    np.testing.assert_array_equal(trace.unit, traces[1].unit)
+    spent = np.diff(trace.num_frames, axis=0)
+    if num_first_frames is None:
+        assert (np.diff(trace.best_fraction, axis=0) >= 0).all()
+        assert (spent == 60).all()
+    else:
+        assert ((spent >= 20) & (spent <= 60 + 40)).all()
 
 
 @pytest.mark.parametrize("name", RIVALS)

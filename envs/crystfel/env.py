@@ -211,12 +211,26 @@ class Progress:
         sign = np.where(action == 0, 0, np.where(is_up == 1, 1, -1))
         return self.scale.stepped(self.last_unit, which, sign)
 
-    def update(self, unit: FloatArray, outcome: Outcome, gain: FloatArray) -> FloatArray:
-        """Takes in an evaluation of (E, K); ``gain`` (E,) is paired against the best so far.
+    def update(
+        self,
+        unit: FloatArray,
+        outcome: Outcome,
+        gain: FloatArray,
+        best_fraction: FloatArray | None = None,
+    ) -> FloatArray:
+        """Takes in an evaluation.
+
+        Args:
+            unit: (E, K) as evaluated.
+            outcome: what it gave.
+            gain: (E,) paired, against the best so far.
+            best_fraction: (E,) of that best, where more is known of it by now.
 
         Returns:
             (E,) rewards before normalisation.
         """
+        if best_fraction is not None:
+            self.best_fraction = np.array(best_fraction, float)
         fraction = self.best_fraction + gain
         is_better = gain > 0
         rise = np.maximum(gain, 0)

@@ -35,7 +35,12 @@ from envs.crystfel.env import (
     Progress,
     scale_of,
 )
-from envs.crystfel.surrogate import best_fraction, draw_experiments, true_fraction
+from envs.crystfel.surrogate import (
+    BatchResult,
+    best_fraction,
+    draw_experiments,
+    true_fraction,
+)
 from envs.crystfel.types import TUNABLES, BoolArray, FloatArray, IntArray, TuningConfig
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -50,6 +55,8 @@ class Trial:
     outcome: Outcome
     gain: FloatArray
     """(E,) indexed fraction minus that of the best so far, on the frames that both have seen."""
+    best_fraction: FloatArray
+    """(E,) of that best, as known by now: racing refines it."""
 
 
 class Optimiser(Protocol):
@@ -100,8 +107,10 @@ def tune(
         make: of the optimiser.
         num_evaluations: n; the start is the first.
         rng: the optimiser's.
-        num_first_frames: racing: a candidate is evaluated on so many of the best's frames first,
-            and on all only where it is not worse there (Maron and Moore 1994); None = on all.
+        num_first_frames: racing (after Maron and Moore 1994): start and candidates are evaluated on
+            so many frames first; a candidate that is worse there is dropped, one that is clearly
+            better is taken, and an open race goes on with twice as many, up to all. None = always
+            all.
         budget_frames: stop once every experiment has indexed so many; None = never.
 
     Raises:
@@ -115,38 +124,100 @@ def tune(
             f"num_first_frames: must be between 1 and {num_frames - 1}, found {num_first_frames}"
         )
     start, scale = bench.start, scale_of(config.tunables)
+    first = num_first_frames or num_frames
     everyone = np.arange(len(start))
-    result = bench.run(everyone, start, num_frames)
-    flags, outcome = result.is_indexed.copy(), Outcome.of(result)
+    result = bench.run(everyone, start, first)
+    best, outcome = _Best.of(result, start, num_frames), Outcome.of(result)
     optimiser = make(config, start, outcome, rng)
-    best_unit, best_values = scale.unit(start), np.array(start, float)
-    spent = np.full(len(start), num_frames)
-    rows = [(best_unit, best_values, flags.mean(1), spent)]
+    spent = np.full(len(start), first)
+    rows = [(scale.unit(start), best.values, best.fraction, spent)]
+    rungs = [first]
+    while rungs[-1] < num_frames:
+        rungs.append(min(2 * rungs[-1], num_frames))
     while len(rows) < num_evaluations and (budget_frames is None or spent.min() < budget_frames):
         values = scale.values(optimiser.ask(), start)
+        gain, on, before = np.zeros(len(start)), everyone, 0
+        flags = np.zeros((len(start), num_frames), bool)
+        num_known, spent = np.zeros(len(start), int), spent.copy()
+        for rung in rungs:
+            new = on[best.num_known[on] < rung]
+            if new.size:
+                spent[new] += rung - best.num_known[new]
+                best.learn(new, bench.run(new, best.values[new], rung))
+            result = bench.run(on, values[on], rung)
+            outcome, gain[on] = outcome.put(on, Outcome.of(result)), best.gain(on, result)
+            flags[on, :rung], num_known[on] = result.is_indexed, rung
+            spent[on] += rung - before
+            on, before = on[best.is_open(on, result)], rung
+            if not on.size:
+                break
         unit = scale.unit(values)
-        first = num_first_frames or num_frames
-        result = bench.run(everyone, values, first)
-        gain = result.indexed_fraction - flags[:, :first].mean(1)
-        outcome, spent = Outcome.of(result), spent + first
-        seen = result.is_indexed
-        if first < num_frames:
-            on = np.flatnonzero(gain >= 0)
-            seen = np.zeros_like(flags)
-            if on.size:
-                result = bench.run(on, values[on], num_frames)
-                outcome, seen[on] = outcome.put(on, Outcome.of(result)), result.is_indexed
-                gain[on] = result.indexed_fraction - flags[on].mean(1)
-                spent[on] += num_frames - first
-        is_better = gain > 0
-        flags = np.where(is_better[:, None], seen, flags)
-        best_values = np.where(is_better[:, None], values, best_values)
-        optimiser.tell(Trial(unit=unit, outcome=outcome, gain=gain))
-        rows.append((unit, best_values, flags.mean(1), spent))
+        optimiser.tell(Trial(unit=unit, outcome=outcome, gain=gain, best_fraction=best.fraction))
+        best.replace(gain > 0, values, flags, num_known)
+        rows.append((unit, best.values, best.fraction, spent))
     columns = [np.stack(column) for column in zip(*rows, strict=True)]
     return Trace(
         unit=columns[0], best_values=columns[1], best_fraction=columns[2], num_frames=columns[3]
     )
+
+
+_CLEARLY, _NUM_DISCORDANT = 1.645, 4
+"""A candidate is taken at once where McNemar's z is above this (one-sided 5 %), with so many frames
+at least that only one of the two indexed."""
+
+
+class _Best:
+    """The best settings of E experiments, and which of the cached frames they index."""
+
+    def __init__(self, values: FloatArray, flags: BoolArray, num_known: IntArray) -> None:
+        self.values, self.flags, self.num_known = values, flags, num_known
+
+    @classmethod
+    def of(cls, result: BatchResult, values: FloatArray, num_frames: int) -> _Best:
+        """At the start; the frames not indexed yet are unknown."""
+        flags = _padded(result.is_indexed, num_frames)
+        return cls(np.array(values, float), flags, np.full(len(values), result.num_frames))
+
+    @property
+    def fraction(self) -> FloatArray:
+        """(E,) of the frames that are known."""
+        return self.flags.sum(1) / self.num_known
+
+    def gain(self, rows: IntArray, result: BatchResult) -> FloatArray:
+        """Fraction of a result minus that of the best, on the frames of the result."""
+        before = self.flags[rows, : result.num_frames].mean(1)
+        return result.indexed_fraction - before
+
+    def is_open(self, rows: IntArray, result: BatchResult) -> BoolArray:
+        """True where the frames so far neither rule a candidate out nor settle it."""
+        before = self.flags[rows, : result.num_frames]
+        num_won = (result.is_indexed & ~before).sum(1)
+        num_lost = (before & ~result.is_indexed).sum(1)
+        num = num_won + num_lost
+        z = (num_won - num_lost) / np.sqrt(np.maximum(num, 1))
+        is_clear = (num >= _NUM_DISCORDANT) & (z > _CLEARLY)
+        has_any = result.is_indexed.any(1)
+        return has_any & (num_won >= num_lost) & ~is_clear
+
+    def learn(self, rows: IntArray, result: BatchResult) -> None:
+        """More frames of some."""
+        self.flags[rows, : result.num_frames] = result.is_indexed
+        self.num_known[rows] = result.num_frames
+
+    def replace(
+        self, is_better: BoolArray, values: FloatArray, flags: BoolArray, num_known: IntArray
+    ) -> None:
+        """New best ones of some; the arrays are new, as rows of a trace hold the old ones."""
+        self.values = np.where(is_better[:, None], values, self.values)
+        self.flags = np.where(is_better[:, None], flags, self.flags)
+        self.num_known = np.where(is_better, num_known, self.num_known)
+
+
+def _padded(flags: BoolArray, num_frames: int) -> BoolArray:
+    """(E, N) with False where nothing is known."""
+    full = np.zeros((len(flags), num_frames), bool)
+    full[:, : flags.shape[1]] = flags
+    return full
 
 
 # ---- without a model -----------------------------------------------------------------------------
@@ -215,7 +286,7 @@ class SnrGrid:
 
     def tell(self, trial: Trial) -> None:
         """Keeps the best."""
-        self.progress.update(trial.unit, trial.outcome, trial.gain)
+        self.progress.update(trial.unit, trial.outcome, trial.gain, trial.best_fraction)
 
 
 class Noise:
@@ -237,7 +308,7 @@ class Noise:
 
     def tell(self, trial: Trial) -> None:
         """Keeps the best."""
-        self.progress.update(trial.unit, trial.outcome, trial.gain)
+        self.progress.update(trial.unit, trial.outcome, trial.gain, trial.best_fraction)
 
 
 class Coordinate:
@@ -274,7 +345,7 @@ class Coordinate:
 
     def tell(self, trial: Trial, is_own: BoolArray | None = None) -> None:
         """Keeps the best, and turns where it did not help (of those that were its own asking)."""
-        self.progress.update(trial.unit, trial.outcome, trial.gain)
+        self.progress.update(trial.unit, trial.outcome, trial.gain, trial.best_fraction)
         own = np.ones(len(self.all), bool) if is_own is None else is_own
         is_worse = own & (trial.gain <= 0)
         is_over = is_worse & self.has_failed
@@ -501,7 +572,7 @@ class TPE:
         """The paired estimate of the fraction."""
         import optuna
 
-        value = self.progress.best_fraction + trial.gain
+        value = trial.best_fraction + trial.gain
         for i, study in enumerate(self.studies):
             if self.asked:
                 study.tell(self.asked[i], float(value[i]))
@@ -512,7 +583,7 @@ class TPE:
                         params=params, distributions=self.space, value=float(value[i])
                     )
                 )
-        self.progress.update(trial.unit, trial.outcome, trial.gain)
+        self.progress.update(trial.unit, trial.outcome, trial.gain, trial.best_fraction)
 
 
 class GP:
@@ -572,10 +643,10 @@ class GP:
 
     def tell(self, trial: Trial) -> None:
         """One more point of each."""
-        value = self.progress.best_fraction + trial.gain
+        value = trial.best_fraction + trial.gain
         self.x = np.concatenate([self.x, trial.unit[:, None]], axis=1)
         self.y = np.concatenate([self.y, value[:, None]], axis=1)
-        self.progress.update(trial.unit, trial.outcome, trial.gain)
+        self.progress.update(trial.unit, trial.outcome, trial.gain, trial.best_fraction)
         if self.correction is not None:
             self.correction.tell(trial)
 

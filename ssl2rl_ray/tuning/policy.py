@@ -206,4 +206,4 @@ class PolicyOptimiser:
 
     def tell(self, trial: Trial) -> None:
         """Keeps the best."""
-        self.progress.update(trial.unit, trial.outcome, trial.gain)
+        self.progress.update(trial.unit, trial.outcome, trial.gain, trial.best_fraction)
