@@ -61,9 +61,9 @@ class OnlineConfig:
     """N, of a search."""
     num_first_frames: int = 50
     """Of these, on which a candidate is looked at first; 0 = always on all."""
-    num_test_frames: int = 50
+    num_test_frames: int = 100
     """Fresh ones, of one look of the test that changes parameters."""
-    num_looks: int = 5
+    num_looks: int = 4
     """After each the test may end: what is clear needs few frames, what is not gets more."""
     num_steps: int = 10
     """Proposals of a search."""
@@ -532,6 +532,7 @@ def _searched(
         unit=unit_of(config, search.origin, search.candidate),
         outcome=Outcome.of(BatchResult.of([result])),
         gain=np.array([gain]),
+        best_fraction=np.array([search.best_flags.mean()]),
     )
     is_best = num == len(search.frames) and gain > 0
     notes.append(

@@ -80,15 +80,18 @@ class Workers(Protocol):
 
 
 class RayWorkers:
-    """Ray actors; Ray must be connected. An actor that dies is started again by Ray."""
+    """Ray actors; Ray must be connected. One that dies is replaced."""
 
     def __init__(self, indexer: Indexer) -> None:
-        """``indexer`` must pickle; small, so that an actor can be started again from it."""
+        """``indexer`` must pickle."""
+        self.indexer = indexer
+        self.actors = {name: self._actor() for name in (PIPELINE, TUNER)}
+        self._under_way: dict[Any, str] = {}
+
+    def _actor(self) -> Any:
         import ray
 
-        actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(_Worker)
-        self.actors: dict[str, Any] = {name: actor.remote(indexer) for name in (PIPELINE, TUNER)}
-        self._under_way: dict[Any, str] = {}
+        return ray.remote(num_cpus=1, max_restarts=0)(_Worker).remote(self.indexer)
 
     def submit(self, name: str, parameters: Parameters, frames: Sequence[Frame]) -> None:
         """See ``Workers``."""
@@ -115,6 +118,8 @@ class RayWorkers:
                 done.append(Done(name=name, error=str(error.cause)))
             except ray.exceptions.RayActorError as error:
                 done.append(Done(name=name, error=str(error), is_lost=True))
+                ray.kill(self.actors[name])  # in case that it was only out of reach
+                self.actors[name] = self._actor()
         return done
 
     def close(self) -> None:
