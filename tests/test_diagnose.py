@@ -81,6 +81,17 @@ def test_a_fault_is_found_and_mended(fault, experiment, search):
     assert all(CAUSES[cause] in text for cause in causes)
 
 
+def test_a_measured_geometry_is_told_of_even_where_each_error_alone_costs_little(
+    experiment, search
+):
+    wrong = Parameters(clen_offset_percent=3.0, centre_x_offset_px=1.5, centre_y_offset_px=-1.5)
+    found = diagnose(search, experiment, wrong, experiment.frames, search=search)
+    assert [finding.cause for finding in found.findings] == ["centre", "distance"]
+    assert found.proposed.clen_offset_percent == pytest.approx(0, abs=0.4)
+    assert found.proposed.centre_x_offset_px == pytest.approx(0, abs=0.3)
+    assert found.proposed.centre_y_offset_px == pytest.approx(0, abs=0.3)
+
+
 def other(experiment, **changes):
     changed = dataclasses.replace(experiment, **changes)
     return changed, EmbeddedIndexer(changed)

@@ -5,7 +5,8 @@ reflections, and a setting that keeps less than half of the strong frames' peaks
 the geometry: the beam centre from the symmetry of the mean image, the distance from the fitted
 cell, or from a scan where nothing indexes at all. The search uses the embedded pipeline, whose
 peaks are cached; before and after are judged with the user's backend, on the same frames, and each
-remedy is taken back once alone: it is a finding only where that costs frames (McNemar's test).
+remedy is taken back once alone: it is a finding only where that costs frames (McNemar's test), or
+where a measurement of the geometry leaves no doubt and mending it does no harm.
 
 Shape letters: N frames, R rows and C columns of the slab, n pixels, P panels.
 """
@@ -88,6 +89,8 @@ class Finding:
     remedy: str
     changes: dict[str, float] = field(default_factory=dict)
     """Parameters to set."""
+    is_measured: bool = False
+    """The evidence is beyond doubt by itself: kept where the remedy does no harm, too."""
     num_without: int | None = None
     """Frames indexed with all other remedies but not this one; None = not tried."""
 
@@ -183,7 +186,10 @@ def diagnose(
         tell("trying each alone", 0.8 + 0.2 * number / len(found))
         without = _with(parameters, [other for other in found if other is not finding])
         other = before if without == parameters else indexer.run(without, frames)
-        if is_significant(after.is_indexed, other.is_indexed, MIN_Z, MIN_DISCORDANT):
+        is_harmless = after.num_indexed >= other.num_indexed
+        if is_significant(after.is_indexed, other.is_indexed, MIN_Z, MIN_DISCORDANT) or (
+            finding.is_measured and is_harmless
+        ):
             findings.append(replace(finding, num_without=other.num_indexed))
     proposed = _with(parameters, findings)
     if proposed != better:
@@ -413,7 +419,11 @@ def _of_geometry(
         if (moved := search.run(finer, frames)).num_indexed < result.num_indexed:
             break
         parameters, result = finer, moved
-    return _geometry_findings(experiment, start, parameters, how_centre, how_clen)
+    is_sure = result.num_indexed >= few  # of the mean fitted cell
+    return [
+        replace(finding, is_measured=is_off if finding.cause == "centre" else is_sure)
+        for finding in _geometry_findings(experiment, start, parameters, how_centre, how_clen)
+    ]
 
 
 def _geometry_findings(
