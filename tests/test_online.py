@@ -38,6 +38,7 @@ from ssl2rl_ray.online.decide import (
     is_significant,
     mcnemar_z,
     parameters_of,
+    resumed,
     step,
     to_plain,
     unit_of,
@@ -104,6 +105,16 @@ def searched(config=SMALL) -> State:
         assert isinstance(state.question, Index) and state.question.purpose == "search"
         state = after(config, state, Indexed(result=result(half)))
     return state
+
+
+def test_a_search_of_other_parameters_ends_on_a_restart():
+    state = searched()
+    assert resumed(SMALL, state) is state
+    other = dataclasses.replace(SMALL, tunables=("min_snr",))
+    again = resumed(other, state)
+    assert again.search is None and isinstance(again.question, Wait)
+    again = after(other, again, processed(8, [0] * 8))
+    assert again.search is not None and again.search.tunables == ("min_snr",)
 
 
 # ---- statistics ----------------------------------------------------------------------------------

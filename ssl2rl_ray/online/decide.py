@@ -161,6 +161,7 @@ class Search:
     """A search on cached frames; an optimiser can be rebuilt from it at any time."""
 
     number: int
+    tunables: tuple[str, ...]
     origin: Parameters
     """The incumbent when it began: geometry is relative to it, as it is to a user's start."""
     frames: tuple[Frame, ...]
@@ -308,6 +309,13 @@ class Decision:
 def begin(initial: Parameters) -> State:
     """Nothing has happened yet."""
     return State(initial=initial, incumbent=initial)
+
+
+def resumed(config: OnlineConfig, state: State) -> State:
+    """The state of an earlier run under rules that may have changed: a search of others ends."""
+    if state.search is None or state.search.tunables == config.tunables:
+        return state
+    return replace(state, search=None, question=Wait())
 
 
 def step(config: OnlineConfig, state: State, event: Event) -> Decision:
@@ -466,6 +474,7 @@ def _search_begun(
     )
     search = Search(
         number=number,
+        tunables=config.tunables,
         origin=state.incumbent,
         frames=frames,
         outcome=outcome,

@@ -34,6 +34,7 @@ from ssl2rl_ray.online.decide import (
     Wait,
     begin,
     changes,
+    resumed,
     step,
 )
 from ssl2rl_ray.online.store import Store
@@ -229,7 +230,7 @@ def serve(
         store.check_origin(experiment)
     state = store.state()
     is_new = state is None
-    state = state or begin(initial)
+    state = begin(initial) if state is None else resumed(config, state)
     tell = say or (lambda line: None)
     tuner, agent_s, started = Tuner(config, make), 0.0, clock()
     store.note(
