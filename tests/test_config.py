@@ -136,7 +136,10 @@ def test_navigation_config_is_the_preset_with_changes() -> None:
         ),
         ("env: {preset: cryrl}", ["env.preset: expected one of paper, cryorl, leginon-2021"]),
         ("kind: crystfel\nenv: {num_steps: 0}", ["env.num_steps: must be 1 or more, found 0"]),
-        ("kind: crystfel\nenv: {tunables: [snr]}", ["env.tunables: 'snr' cannot be tuned; there are min"]),
+        (
+            "kind: crystfel\nenv: {tunables: [snr]}",
+            ["env.tunables: 'snr' cannot be tuned; there are min"],
+        ),
         ("kind: [1]", ["kind: expected navigation, perception, ssl2rl, crystfel, found a list"]),
         ("algorithm: {name: ppo}", ["algorithm.name: expected one of dqn, found text 'ppo'"]),
         (
