@@ -289,3 +289,24 @@ def test_the_best_is_no_less_than_the_defaults_at_the_right_geometry():
 
     e = draw_experiments(np.random.default_rng(1), "normal", 20)
     assert (best_fraction(e, 400) >= true_fraction(e, at_optimum(e), 400)).all()
+
+
+def test_the_command_compares_and_says_what_is_wrong(tmp_path, capsys):
+    from ssl2rl_ray.cli import main
+
+    small = ["sfx", "compare", "--seeds", "3", "--frames", "40", "--budget-frames", "400",
+             "--race-frames", "15"]  # fmt: skip
+    figure = tmp_path / "curves.png"
+    asked = [*small, "--against", "keep-initial,rules", "--figure", str(figure), "--json"]
+    assert main(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["contestants"]) == ["keep-initial", "rules"] and found["num_seeds"] == 3
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    for wrong, says in (
+        (["--against", "rule"], "no rival is called 'rule'"),
+        (["--policy", str(tmp_path)], "is not an exported policy"),
+        (["--data", str(tmp_path), "--kind", "harder"], "--kind"),
+        (["--seeds", "0"], "--seeds: must be 1 or more"),
+    ):
+        assert main([*small, *wrong]) == 2
+        assert says in capsys.readouterr().err

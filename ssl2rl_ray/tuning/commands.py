@@ -187,6 +187,7 @@ def compare(args: argparse.Namespace, progress: Progress) -> Result:
     import contextlib
     from pathlib import Path
 
+    from envs.crystfel.indexer import IndexerError
     from envs.crystfel.types import TUNABLES, TuningConfig
     from ssl2rl_ray.tuning import compare as comparing
 
@@ -215,16 +216,19 @@ def compare(args: argparse.Namespace, progress: Progress) -> Result:
                 num_judged=args.judge_frames,
                 seed=args.seed,
             )
-        found = comparing.compare(
-            arenas,
-            makes,
-            config,
-            budget_frames=args.budget_frames,
-            num_first_frames=args.race_frames or None,
-            best=best,
-            seed=args.seed,
-            on_step=progress,
-        ).as_json()
+        try:
+            found = comparing.compare(
+                arenas,
+                makes,
+                config,
+                budget_frames=args.budget_frames,
+                num_first_frames=args.race_frames or None,
+                best=best,
+                seed=args.seed,
+                on_step=progress,
+            ).as_json()
+        except IndexerError as error:
+            raise ValueError(str(error)) from error
     text = comparing.format_comparison(found)
     if args.figure:
         Path(args.figure).write_bytes(comparing.draw_comparison(found))
