@@ -2,9 +2,10 @@
 
 Run: ``python benchmarks/sfx_rivals.py --runs DIR`` (four policies of five minutes each are trained
 into DIR where they are missing; the comparison takes about four minutes on one core, most of it
-TPE's). Everything is measured in one run, on simulated experiments that nothing was trained, chosen
-or looked at on (their own seed): ``normal`` ones and the ``harder``, unlike kind. Seven parameters,
-200 frames an evaluation, the start being the first of n evaluations.
+TPE's). Everything is measured in one run, on simulated experiments of their own seed: ``normal``
+ones and the ``harder`` kind, on which no weights were trained. The kinds themselves were known: the
+recipe was chosen on other draws of both, so this is new draws of known kinds, not a kind that
+nobody had seen. Seven parameters, 200 frames an evaluation, the start being the first of n.
 
 1. Share of the best true fraction after n evaluations, no racing. "Best" is the highest of an
    exhaustive grid at the right geometry and of whatever any contestant reached. Intervals are 95 %
