@@ -9,15 +9,13 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-Result = tuple[dict[str, Any], str]
-Progress = Callable[..., None]
-Run = Callable[[argparse.Namespace, Progress], Result]
+from ssl2rl_ray.tuning.commands import Progress, Result, Run, add_data, assignments, backend
 
 
 def add_commands(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> None:
     """Adds both; ``add`` makes a parser of a name, what it runs, what its help says."""
     sub = add("online", online, "index frames as they come, and tune while they do")
-    _add_data(sub)
+    add_data(sub)
     sub.add_argument(
         "--out", required=True, metavar="DIR", help="state, audit log, files to paste; goes on"
     )
@@ -52,29 +50,9 @@ def add_commands(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> Non
     sub.add_argument("--no-ray", action="store_true", help="in this process, one after the other")
 
     sub = add("diagnose", diagnose, "say what is wrong where little or nothing indexes")
-    _add_data(sub)
+    add_data(sub)
     sub.add_argument("--frames", type=int, default=60, metavar="N", help="to look at (%(default)s)")
     sub.add_argument("--figure", metavar="PNG", help="draw a frame with its peaks")
-
-
-def _add_data(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--data", required=True, metavar="DIR", help="data folder")
-    sub.add_argument(
-        "--backend", choices=("embedded", "crystfel"), default="embedded", help="(%(default)s)"
-    )
-    sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="parameter other than the folder's nominal one, such as min_snr=5; repeatable",
-    )
-    sub.add_argument("--geometry", metavar="GEOM", help="instead of the folder's")
-    sub.add_argument("--cell", metavar="CELL", help="instead of the folder's")
-    sub.add_argument("--list", metavar="LST", help="frames, instead of the folder's")
-    sub.add_argument(
-        "--processes", type=int, default=1, help="that share the indexing (%(default)s)"
-    )
 
 
 def online(args: argparse.Namespace, progress: Progress) -> Result:
@@ -101,7 +79,7 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
             raise ValueError(f"--{name.replace('_', '-')}: must be above 0")
     fields = {f.name: f.type for f in dataclasses.fields(OnlineConfig)}
     rules: dict[str, Any] = {}
-    for name, value in _assignments(args.rule, "--rule").items():
+    for name, value in assignments(args.rule, "--rule").items():
         if name not in fields or name == "tunables":
             raise ValueError(f"--rule {name}: no such rule; there are {', '.join(fields)}")
         rules[name] = int(value) if fields[name] == "int" else value
@@ -129,7 +107,7 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
         if args.xwiz:
             initial = read_xwiz(args.xwiz).parameters
             xwiz = Path(args.xwiz).read_text(errors="replace")
-        initial = initial.replace(**_assignments(args.set, "--set"))
+        initial = initial.replace(**assignments(args.set))
         indexer = backend(args.backend, experiment, args.processes, store.folder / "peaks")
         if args.no_ray:
             workers: Any = InlineWorkers(indexer)
@@ -222,29 +200,6 @@ def _stream(args: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
     return experiment, source
 
 
-def backend(name: str, experiment: Any, num_processes: int, cache: Any) -> Any:
-    """The indexer of a backend; ``cache``: folder for peaks that are found, or None."""
-    if name == "crystfel":
-        from envs.crystfel.indexamajig import Indexamajig
-
-        return Indexamajig(experiment=experiment, num_processes=num_processes)
-    from envs.crystfel.sfx.pipeline import EmbeddedIndexer
-
-    return EmbeddedIndexer(experiment, cache=cache)
-
-
-def _assignments(texts: list[str], option: str) -> dict[str, float]:
-    """``["a=1", "b=2"]`` -> values by name. Raises ValueError."""
-    values = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        try:
-            values[name.strip()] = float(value)
-        except ValueError:
-            raise ValueError(f"{option} {text}: expected NAME=NUMBER") from None
-    return values
-
-
 def diagnose(args: argparse.Namespace, progress: Progress) -> Result:
     """``sfx diagnose``: see ``ssl2rl_ray.online.diagnose``."""
     from pathlib import Path
@@ -262,7 +217,7 @@ def diagnose(args: argparse.Namespace, progress: Progress) -> Result:
     experiment = read_experiment(
         args.data, geometry=args.geometry, cell=args.cell, frames=args.list
     )
-    parameters = experiment.nominal.replace(**_assignments(args.set, "--set"))
+    parameters = experiment.nominal.replace(**assignments(args.set))
     at = np.unique(np.linspace(0, len(experiment.frames) - 1, args.frames).astype(int))
     frames = [experiment.frames[i] for i in at]
     search = EmbeddedIndexer(experiment)

@@ -39,23 +39,9 @@ def add_commands(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> Non
     sub.add_argument("--force", action="store_true", help="replace an earlier simulation")
 
     sub = add("index", index, "find peaks and index the frames of a data folder")
-    sub.add_argument("--data", required=True, metavar="DIR", help="data folder")
-    sub.add_argument(
-        "--backend", choices=("embedded", "crystfel"), default="embedded", help="(%(default)s)"
-    )
-    sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="parameter other than the folder's nominal one, such as min_snr=5; repeatable",
-    )
-    sub.add_argument("--geometry", metavar="GEOM", help="instead of the folder's")
-    sub.add_argument("--cell", metavar="CELL", help="instead of the folder's")
-    sub.add_argument("--list", metavar="LST", help="frames, instead of the folder's")
+    add_data(sub)
     sub.add_argument("--frames", type=int, metavar="N", help="the first N of the list (all)")
     sub.add_argument("--memo", metavar="DIR", help="remembers what was indexed")
-    sub.add_argument("--processes", type=int, default=1, help="Ray tasks at once (%(default)s)")
     sub.add_argument(
         "--stream", metavar="OUT", help="write peaks and lattices for CrystFEL (embedded only)"
     )
@@ -86,6 +72,27 @@ def add_commands(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> Non
     sub.add_argument("--processes", type=int, default=1, help="Ray tasks at once (%(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     sub.add_argument("--figure", metavar="PNG", help="draw the curves")
+
+
+def add_data(sub: argparse.ArgumentParser) -> None:
+    """Options of a data folder and of what indexes it."""
+    sub.add_argument("--data", required=True, metavar="DIR", help="data folder")
+    sub.add_argument(
+        "--backend", choices=("embedded", "crystfel"), default="embedded", help="(%(default)s)"
+    )
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameter other than the folder's nominal one, such as min_snr=5; repeatable",
+    )
+    sub.add_argument("--geometry", metavar="GEOM", help="instead of the folder's")
+    sub.add_argument("--cell", metavar="CELL", help="instead of the folder's")
+    sub.add_argument("--list", metavar="LST", help="frames, instead of the folder's")
+    sub.add_argument(
+        "--processes", type=int, default=1, help="that share the indexing (%(default)s)"
+    )
 
 
 def simulate(args: argparse.Namespace, progress: Progress) -> Result:
@@ -134,7 +141,7 @@ def index(args: argparse.Namespace, progress: Progress) -> Result:
     try:
         with contextlib.ExitStack() as stack:
             indexer, experiment = _indexer(args, stack)
-            parameters = experiment.nominal.replace(**_assignments(args.set))
+            parameters = experiment.nominal.replace(**assignments(args.set))
             progress("indexing", 0.0)
             result = indexer.run(parameters, experiment.frames[: args.frames])
             progress("indexing", 1.0)
@@ -236,17 +243,15 @@ def compare(args: argparse.Namespace, progress: Progress) -> Result:
     return {"data": args.data, "budget_frames": args.budget_frames, **found}, text
 
 
-def _assignments(texts: list[str]) -> dict[str, float]:
+def assignments(texts: list[str], option: str = "--set") -> dict[str, float]:
     """``["a=1", "b=2"]`` -> values by name. Raises ValueError."""
     values = {}
     for text in texts:
-        name, equals, value = text.partition("=")
+        name, _, value = text.partition("=")
         try:
             values[name.strip()] = float(value)
         except ValueError:
-            raise ValueError(f"--set {text}: expected NAME=NUMBER, such as min_snr=5") from None
-        if not equals:
-            raise ValueError(f"--set {text}: expected NAME=NUMBER, such as min_snr=5")
+            raise ValueError(f"{option} {text}: expected NAME=NUMBER, such as min_snr=5") from None
     return values
 
 
@@ -262,6 +267,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _indexer(args: argparse.Namespace, stack: Any) -> tuple[Any, Any]:
     """The backend on the data folder, spread over Ray tasks and remembered as asked for."""
+    import tempfile
+    from pathlib import Path
+
     from envs.crystfel.experiment import read_experiment
     from envs.crystfel.indexer import Memo
 
@@ -273,25 +281,26 @@ def _indexer(args: argparse.Namespace, stack: Any) -> tuple[Any, Any]:
     )
     if args.processes < 1:
         raise ValueError(f"--processes: must be 1 or more, found {args.processes}")
-    if args.backend == "crystfel":
+    folder = Path(args.memo) / "peaks" if args.memo else None
+    is_spread = args.backend == "embedded" and args.processes > 1
+    if is_spread and folder is None:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sfx-peaks-"))
+    indexer = backend(args.backend, experiment, args.processes, folder)
+    if is_spread:
+        from ssl2rl_ray.local_ray import local_ray
+        from ssl2rl_ray.tuning.spread import SpreadIndexer
+
+        stack.enter_context(local_ray(args.processes))
+        indexer = SpreadIndexer(indexer, num_tasks=args.processes)
+    return (Memo(indexer, args.memo) if args.memo else indexer), experiment
+
+
+def backend(name: str, experiment: Any, num_processes: int, cache: Any) -> Any:
+    """The indexer of a backend; ``cache``: folder for peaks that are found, or None."""
+    if name == "crystfel":
         from envs.crystfel.indexamajig import Indexamajig
 
-        indexer: Any = Indexamajig(experiment=experiment, num_processes=args.processes)
-    else:
-        import tempfile
-        from pathlib import Path
+        return Indexamajig(experiment=experiment, num_processes=num_processes)
+    from envs.crystfel.sfx.pipeline import EmbeddedIndexer
 
-        from envs.crystfel.sfx.pipeline import EmbeddedIndexer
-
-        folder = Path(args.memo) / "peaks" if args.memo else None
-        if args.processes > 1:
-            from ssl2rl_ray.local_ray import local_ray
-            from ssl2rl_ray.tuning.spread import SpreadIndexer
-
-            folder = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="sfx-peaks-"))
-            stack.enter_context(local_ray(args.processes))
-            indexer = EmbeddedIndexer(experiment, cache=folder)
-            indexer = SpreadIndexer(indexer, num_tasks=args.processes)
-        else:
-            indexer = EmbeddedIndexer(experiment, cache=folder)
-    return (Memo(indexer, args.memo) if args.memo else indexer), experiment
+    return EmbeddedIndexer(experiment, cache=cache)
