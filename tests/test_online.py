@@ -906,6 +906,14 @@ def online_command(data, out, *words):
             "--no-ray", "--poll-s", "0.001", "--batch", "4", *rules, *words]  # fmt: skip
 
 
+def test_folders_that_are_not_there_are_not_waited_for(data, tmp_path, capsys):
+    from ssl2rl_ray.cli import main
+
+    for folder, words in ((tmp_path / "no", ()), (data, ("--watch", str(tmp_path / "no")))):
+        assert main(online_command(folder, tmp_path / "out", *words)) != 0
+        assert "no: there is no such folder" in capsys.readouterr().err
+
+
 def test_from_the_command_line(data, tmp_path, capsys):
     from ssl2rl_ray.cli import main
 

@@ -171,6 +171,7 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
 
 def _stream(args: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
     """The experiment, and where its frames come from. Waits for the first frame."""
+    import sys
     import time
     from pathlib import Path
 
@@ -180,6 +181,9 @@ def _stream(args: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
 
     deadline = None if args.idle_s is None else time.monotonic() + args.idle_s
     data = Path(args.data)
+    for option, folder_asked in (("--data", args.data), ("--watch", args.watch)):
+        if folder_asked and not Path(folder_asked).is_dir():
+            raise ValueError(f"{option}: {folder_asked}: there is no such folder")
     found = sorted(data.glob("*.geom"))
     geometry = args.geometry or (found[0] if len(found) == 1 else data / GEOMETRY_FILE)
     if args.watch:
@@ -191,6 +195,8 @@ def _stream(args: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
         path = Path(args.list) if args.list else data / FRAMES_FILE
         source = GrowingList(path, geometry)
     source.poll()
+    if not source.frames:
+        print(f"waiting for the first frame in {args.watch or path}", file=sys.stderr, flush=True)
     while not source.frames:
         if deadline is not None and time.monotonic() >= deadline:
             raise ValueError(f"no frame has come to {args.watch or path} within {args.idle_s:g} s")
