@@ -20,7 +20,8 @@ from envs.cryoem.stack import SessionStack
 from envs.cryoem.types import NavigationConfig
 from ssl2rl_ray.algorithms import dqn
 from ssl2rl_ray.algorithms.networks import QNetwork, make_network
-from ssl2rl_ray.config import DQNConfig, TrainingConfig
+from ssl2rl_ray.config import TrainingConfig
+from ssl2rl_ray.recipes import DQNConfig
 
 RULES = NavigationConfig.preset("cryorl", feature_set="paper", budget_min=480)
 

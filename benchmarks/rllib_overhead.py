@@ -28,7 +28,8 @@ from ssl2rl_ray.algorithms.losses import bootstrap_value, td_error, weighted_hub
 from ssl2rl_ray.algorithms.module import epsilon_greedy
 from ssl2rl_ray.algorithms.networks import HoleNetwork, make_network
 from ssl2rl_ray.algorithms.replay import Replay
-from ssl2rl_ray.config import DQNConfig, TrainingConfig
+from ssl2rl_ray.config import TrainingConfig
+from ssl2rl_ray.recipes import DQNConfig
 
 RULES = NavigationConfig.preset("cryorl", feature_set="paper", budget_min=480)
 NUM_ENVS = 8

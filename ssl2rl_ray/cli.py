@@ -398,7 +398,8 @@ def _png(image: Any) -> bytes:
 
 
 def _config_show(args: argparse.Namespace) -> None:
-    from ssl2rl_ray.config import describe, load_config, to_dict
+    from ssl2rl_ray.config import describe, load_config
+    from ssl2rl_ray.schema import to_dict
 
     config = load_config(args.config, args.set)
     _emit(args.json, to_dict(config), describe(config).rstrip())

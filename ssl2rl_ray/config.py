@@ -6,28 +6,33 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import inspect
 import os
-import re
-import reprlib
-import sys
-import textwrap
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any, Literal
 
 from envs.cryoem.synthetic import PRESETS
 from envs.cryoem.types import ActionLevel, FeatureSet, NavigationConfig, Preset
 from envs.crystfel.types import TuningConfig
+from ssl2rl_ray import schema
+from ssl2rl_ray.recipes import DQNConfig, NavigationAlgorithm, PPOConfig, TuningAlgorithm
+from ssl2rl_ray.schema import (
+    ConfigError,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    PositiveShare,
+    Share,
+    apply_override,
+    build,
+    read_yaml,
+    show,
+    words,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +53,20 @@ class DataConfig:
 class SessionsConfig:
     """What one training episode is played on: weights of three sources (they need not sum to 1)."""
 
-    real: float = 0.0
+    real: NonNegative = 0.0
     """A training session as it is, with its own labels."""
-    redrawn: float = 0.0
+    redrawn: NonNegative = 0.0
     """A training session whose labels are drawn again from the calibrated model."""
-    synthetic: float = 1.0
+    synthetic: NonNegative = 1.0
     """A session drawn afresh: structure, predictions and labels (domain randomisation)."""
-    unlabelled: float = 0.0
+    unlabelled: Share = 0.0
     """Share of training episodes whose drawn session has no labels: rewards are probabilities.
 
     Pseudo rewards carry no luck of the draw, so planning is learned from far fewer episodes.
     """
     preset: str = "aldolase"
     """Synthetic preset, see ``envs.cryoem.synthetic``."""
-    pool_size: int | None = 256
+    pool_size: PositiveInt | None = 256
     """Sessions drawn once at the start and replayed; None = afresh each time (``rates`` only)."""
     budget_range_min: tuple[float, float] | None = None
     """Budgets drawn per episode; None = always ``env.budget_min``."""
@@ -74,7 +79,7 @@ class EnvConfig:
     preset: Preset = "paper"
     budget_min: float | None = None
     """Minutes."""
-    low_ctf_threshold_A: float | None = None
+    low_ctf_threshold_A: Positive | None = None
     """Å."""
     is_threshold_inclusive: bool | None = None
     action_level: ActionLevel | None = None
@@ -83,89 +88,27 @@ class EnvConfig:
     num_candidates: int | None = None
     minutes: tuple[float, float, float, float] | None = None
     """Minutes of a move within the patch, to another patch, square, grid."""
-    reward: tuple[float, float, float, float] | None = None
+    reward: tuple[Positive, Positive, Positive, Positive] | None = None
     """Reward of a low-CTF target reached by such a move."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DQNConfig:
-    """Masked per-hole DQN (Mnih et al. 2015; double: van Hasselt et al. 2016)."""
-
-    name: Literal["dqn"] = "dqn"
-    learning_rate: float = 1e-3
-    """Adam's, falling linearly to ``final_learning_rate`` over the run."""
-    final_learning_rate: float = 1e-5
-    discount_per_min: float = 0.99
-    """Discount of one minute of microscope time; a move of t minutes is discounted by power t."""
-    n_step: int = 3
-    double_q: bool = True
-    dueling: bool | None = None
-    """Q = V(state) + A(row), advantages centred over the allowed actions (Wang et al. 2016).
-
-    None: as the feature set allows: ``rates`` yes; ``paper`` and ``cryorl`` no, there a gradient
-    flows through the chosen hole's row alone.
-    """
-    is_residual: bool | None = None
-    """A(row) begins as the planner's surplus of the row plus an MLP that begins at 0.
-
-    None: as the feature set allows: ``rates`` yes; ``paper`` and ``cryorl`` have no planner.
-    """
-    margin: float = 0.0
-    """Residual: how much more reward a move must promise than the planner's own to be preferred.
-
-    Where the values say less than that, the planner's move is kept, so that their errors are not
-    taken for improvements (after Laroche et al. 2019, arXiv:1712.06924). 0: greedy.
-    """
-    is_shaped: bool | None = None
-    """Learn only what the dual bound of the reward still to come does not foresee.
-
-    The bound shapes the reward, and ``discount_per_min`` then discounts what is left over, so a
-    short horizon loses little (heuristic-guided RL: Cheng et al. 2021, arXiv:2106.02757, sec. 3).
-    None: as the feature set allows: ``rates`` yes; ``paper`` and ``cryorl`` no.
-    """
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    batch_size: int = 128
-    buffer_capacity: int = 50_000
-    """Transitions."""
-    learning_starts: int = 2_000
-    """Env steps before the first update."""
-    updates_per_env_step: float = 0.05
-    target_update_interval: int = 200
-    """Updates between changes of the target network."""
-    target_update_rate: float = 1.0
-    """How far the target then moves towards the network: 1 = a copy, less = soft updates."""
-    is_averaged: bool = False
-    """The policy that is validated and kept is the target network: an average of past weights."""
-    epsilon_initial: float = 0.2
-    epsilon_final: float = 0.02
-    epsilon_steps: int = 50_000
-    """Env steps over which epsilon falls linearly."""
-    is_prioritized: bool = False
-    """Prioritised replay (Schaul et al. 2016)."""
-    priority_exponent: float = 0.6
-    importance_exponent: float = 0.4
-    """beta_0, annealed to 1 over the run."""
-    max_grad_norm: float = 10.0
-    reward_scale: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long, how wide, and how often it is looked at."""
 
-    num_env_steps: int = 200_000
-    num_env_runners: int = 0
+    num_env_steps: PositiveInt = 200_000
+    num_env_runners: NonNegativeInt = 0
     """Remote env runners; 0 = in the algorithm's own process (best on few cores)."""
-    num_envs_per_runner: int = 32
+    num_envs_per_runner: PositiveInt = 32
     """Episodes in one numpy step."""
-    rollout_length: int = 8
+    rollout_length: PositiveInt = 8
     """Vector steps between rounds of updates."""
-    num_torch_threads: int = 2
+    num_torch_threads: PositiveInt = 2
     is_buffer_saved: bool = False
     """Checkpoints contain the replay buffer: a resumed run need not fill it again."""
-    evaluation_interval_steps: int = 20_000
+    evaluation_interval_steps: PositiveInt = 20_000
     """Env steps between validations, checkpoints and progress lines."""
-    num_validation_sessions: int = 64
+    num_validation_sessions: PositiveInt = 64
     """Synthetic (or redrawn) sessions of the validation, the same in every validation."""
 
 
@@ -178,7 +121,7 @@ class NavigationRunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
-    algorithm: DQNConfig = field(default_factory=DQNConfig)
+    algorithm: NavigationAlgorithm = field(default_factory=DQNConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
@@ -190,16 +133,16 @@ class PerceptionDataConfig:
     """Dataset folder with images, as ``ssl2rl import`` writes it; None = drawn by ``preset``."""
     preset: str = "y3-mini"
     """Synthetic preset with images, drawn from the run's seed, where no dataset is named."""
-    validation_share: float = 0.25
+    validation_share: Positive = 0.25
     """Of the holes, in whole squares, held out of training (SSL²-RL, table 1: 2164 of 8653)."""
-    labelled_fraction: float = 0.05
+    labelled_fraction: PositiveShare = 0.05
     """Of the labelled training holes: how many labels are used; the others count as unlabelled."""
-    validation_labelled_fraction: float | None = 0.0
+    validation_labelled_fraction: Share | None = 0.0
     """Of the validation holes: known to the hierarchical posterior, as in a session under way.
 
     The classifier never sees them, and nothing is reported on them. None: ``labelled_fraction``.
     """
-    low_ctf_threshold_A: float = 6.0
+    low_ctf_threshold_A: Positive = 6.0
     """Å; a hole is low-CTF below it (SSL²-RL, section 4)."""
 
     @property
@@ -218,7 +161,7 @@ class ClassifierConfig:
 
     ``head`` (kind ssl2rl): a logistic head on the predictions that a session without images brings.
     """
-    dropout: float = 0.5
+    dropout: NonNegative = 0.5
     """Before the last layer (SSL²-RL, appendix B.2)."""
     initial: str | None = None
     """Run of kind perception whose classifier is the start; None = random weights."""
@@ -231,40 +174,40 @@ class PerceptionTrainingConfig:
     method: Literal["supervised", "fixmatch", "finetuning"] = "fixmatch"
     """``supervised``: labelled holes only; ``fixmatch``: with consistency on unlabelled ones (Sohn
     et al. 2020); ``finetuning``: with pseudo labels from a file (SSL²-RL, section 3)."""
-    num_epochs: int | None = None
+    num_epochs: PositiveInt | None = None
     """Passes over the labelled holes. None: as the method: 200, finetuning 40 (SSL²-RL, B.2)."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Labelled images of a step, of all workers together."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Of SGD with Nesterov momentum, falling as cos(7 pi k / 16 K) (Sohn et al., section 2.4).
 
     None: as the method: 0.01, finetuning 0.001 (SSL²-RL, B.2).
     """
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    momentum: NonNegative = 0.9
+    weight_decay: NonNegative = 5e-4
     """Of kernels, not of biases and normalisation (as in FixMatch)."""
-    ema_decay: float = 0.99
+    ema_decay: NonNegative = 0.99
     """Of the average of the weights, which predicts; less in the first steps."""
-    unlabelled_ratio: int = 4
+    unlabelled_ratio: PositiveInt = 4
     """uratio: unlabelled (or pseudo-labelled) images for each labelled one in a step."""
-    unsupervised_weight: float = 1.0
+    unsupervised_weight: NonNegative = 1.0
     """ulb_loss_ratio, lambda; the paper has 5, which amplifies over-confident pseudo labels."""
     confidence_threshold: float = 0.8
     """p_cutoff, tau: FixMatch accepts predictions of at least this confidence."""
     is_aligned: bool = False
     """FixMatch: move predictions to the labelled share first (distribution alignment)."""
-    num_warmup_epochs: int = 0
+    num_warmup_epochs: NonNegativeInt = 0
     """FixMatch: epochs before the unsupervised term begins."""
-    augmentation_strength: float = 1.0
+    augmentation_strength: NonNegative = 1.0
     """FixMatch: of the strong view, see ``perception.augment``."""
     pseudo_labels: str | None = None
     """Finetuning: parquet file with ``hole_name``, ``is_low_ctf``, ``confidence``."""
-    num_folds: int = 5
+    num_folds: NonNegativeInt = 5
     """Classifiers trained besides, each without a part of the labelled holes; 0 = none.
 
     What they say of that part gives the temperature and the hierarchical posterior.
     """
-    evaluation_interval_epochs: int = 1
+    evaluation_interval_epochs: PositiveInt = 1
     """Epochs between validations and checkpoints."""
 
 
@@ -272,11 +215,11 @@ class PerceptionTrainingConfig:
 class ComputeConfig:
     """Where it runs."""
 
-    num_workers: int = 0
+    num_workers: NonNegativeInt = 0
     """Ray Train workers, which share each batch; 0 = in this process, without Ray."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: a GPU where torch sees one (one a worker), with bfloat16 arithmetic."""
-    num_torch_threads: int = 2
+    num_torch_threads: PositiveInt = 2
     """Of each worker."""
 
 
@@ -344,7 +287,7 @@ class LoopConfig:
 
     methods: tuple[str, ...] = ("fixmatch", "iterative-fixmatch", "ssl2rl-480")
     """Side by side on the same data from the same f_0, see ``config.METHODS``."""
-    num_rounds: int = 10
+    num_rounds: NonNegativeInt = 10
     """Rounds after f_0 (SSL²-RL, section 4)."""
     selection_share: float = 0.4
     """Of the validation squares' holes, in whole squares: rounds are chosen by them.
@@ -355,25 +298,25 @@ class LoopConfig:
     """Which of the two criteria names the round that the run recommends; both are reported."""
     positive_cutoff: float | None = None
     """N_C: share of the unlabelled holes that is labelled low-CTF. None: that of the labelled."""
-    num_rollouts: int = 5
+    num_rollouts: PositiveInt = 5
     """M: visit orders of all holes, from random starts."""
-    exploration: float = 0.5
+    exploration: NonNegative = 0.5
     """Share of the spread of what the predictions do not say (random effects of grid, square and
     patch, and as much of each hole's own) that every roll-out draws for itself, so that the
     agreement of roll-outs means something; 0, or no folds in pretraining, which find the spread:
     they differ by their starts and checkpoints only."""
     navigator: Literal["algorithm", "lagrange", "rate-index"] = "algorithm"
     """Who navigates: RL, trained in every round, or a planner."""
-    durations_min: tuple[float, ...] = (120.0, 480.0)
+    durations_min: tuple[Positive, ...] = (120.0, 480.0)
     """Minutes of the sessions on which policies are evaluated."""
-    num_starts: int = 20
+    num_starts: PositiveInt = 20
     """Starts of each such session; the same for all methods and rounds."""
-    max_fall: float = 0.03
+    max_fall: Positive = 0.03
     """The loop of a method ends where its accuracy on the selection squares is this much below its
     best for two rounds, or where its labels are nearly all of one kind."""
-    pretraining_steps: int | None = None
+    pretraining_steps: PositiveInt | None = None
     """Steps of f_0 whatever the number of labels, instead of ``pretraining.num_epochs``."""
-    finetuning_steps: int | None = None
+    finetuning_steps: PositiveInt | None = None
     """Steps of a round, instead of ``finetuning.num_epochs``."""
 
 
@@ -396,7 +339,7 @@ class SSL2RLRunConfig:
     pretraining: PerceptionTrainingConfig = field(default_factory=PerceptionTrainingConfig)
     finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
-    algorithm: DQNConfig = field(default_factory=DQNConfig)
+    algorithm: NavigationAlgorithm = field(default_factory=DQNConfig)
     rl: TrainingConfig = field(default_factory=TrainingConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -474,49 +417,24 @@ class ExperimentsConfig:
 
     kind: Literal["normal", "wide"] = "wide"
     """See ``envs.crystfel.surrogate.draw_experiments``; validation is on ``normal`` ones."""
-    pool_size: int = 2048
+    pool_size: PositiveInt = 2048
     """Responses that differ; each episode gives one another start, geometry error and frames."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuningAlgorithmConfig:
-    """Proximal policy optimisation, RLlib's (Schulman et al. 2017, arXiv:1707.06347)."""
-
-    name: Literal["ppo"] = "ppo"
-    learning_rate: float = 1e-3
-    """Adam's, falling linearly to ``final_learning_rate`` over the run."""
-    final_learning_rate: float = 1e-4
-    discount: float = 0.95
-    """Of one evaluation: below 1, what is gained early counts more."""
-    trace_decay: float = 0.95
-    """lambda of the generalised advantage estimate."""
-    clip: float = 0.2
-    """epsilon of the clipped objective."""
-    entropy_weight: float = 0.0
-    value_weight: float = 0.5
-    num_epochs: int = 6
-    """Passes over the episodes of an update."""
-    num_minibatches: int = 4
-    """Steps of the optimiser in a pass."""
-    max_grad_norm: float = 1.0
-    hidden_sizes: tuple[int, ...] = (128, 128)
-    """Of the policy and of the value network, tanh."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningTrainingConfig:
     """How long, how wide, and how often it is looked at."""
 
-    num_env_steps: int = 2_432_000
+    num_env_steps: PositiveInt = 2_432_000
     """Evaluations of simulated experiments: 500 updates at 256 episodes of 19 steps."""
-    num_env_runners: int = 0
+    num_env_runners: NonNegativeInt = 0
     """Remote env runners; 0 = in the algorithm's own process (best on few cores)."""
-    num_envs: int = 256
+    num_envs: PositiveInt = 256
     """Experiments side by side in one numpy step, of each runner."""
-    num_torch_threads: int = 1
-    evaluation_interval_steps: int = 243_200
+    num_torch_threads: PositiveInt = 1
+    evaluation_interval_steps: PositiveInt = 243_200
     """Env steps between validations, checkpoints and progress lines."""
-    num_validation_experiments: int = 256
+    num_validation_experiments: PositiveInt = 256
     """Simulated experiments of the validation, the same in every validation and for all seeds."""
 
 
@@ -528,7 +446,7 @@ class CrystFELRunConfig:
     seed: int = 0
     env: TuningConfig = field(default_factory=TuningConfig)
     experiments: ExperimentsConfig = field(default_factory=ExperimentsConfig)
-    algorithm: TuningAlgorithmConfig = field(default_factory=TuningAlgorithmConfig)
+    algorithm: TuningAlgorithm = field(default_factory=PPOConfig)
     training: TuningTrainingConfig = field(default_factory=TuningTrainingConfig)
 
 
@@ -542,18 +460,6 @@ KINDS: dict[str, type[RunConfig]] = {
 """The class of each ``kind``."""
 SYNTHETIC_THRESHOLD_A = 6.0
 """Å; what synthetic sessions, and the calibrations that an import stores, call low-CTF."""
-_MAX_BYTES = 2**20
-
-
-class ConfigError(ValueError):
-    """A config is wrong; ``problems`` lists everything that is, each with its dotted path."""
-
-    def __init__(self, problems: Sequence[str], source: str = "config") -> None:
-        """Keeps the list and joins it into one message."""
-        self.problems = tuple(problems)
-        super().__init__(
-            f"{source}: " + "\n  ".join(("", *problems) if len(problems) > 1 else problems)
-        )
 
 
 def load_config(
@@ -578,7 +484,7 @@ def from_dict(values: dict[str, Any], source: str = "config") -> RunConfig:
     """The checked config of plain values, the inverse of ``to_dict``; raises ConfigError."""
     kind = values.get("kind", "navigation")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ConfigError([f"kind: expected {_words(KINDS)}, found {_show(kind)}"], source)
+        raise ConfigError([f"kind: expected {words(KINDS)}, found {show(kind)}"], source)
     problems: list[str] = []
     config = build(KINDS[kind], values, "", problems)
     if not problems:
@@ -601,26 +507,11 @@ def navigation_config(env: EnvConfig) -> NavigationConfig:
     return NavigationConfig.preset(preset, **{k: v for k, v in changes.items() if v is not None})
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values (tuples become lists), as YAML and JSON have them."""
-    return _plain(dataclasses.asdict(config))
-
-
-def to_yaml(config: Any) -> str:
-    """YAML that ``load_config`` reads back to an equal config."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def describe(config: Any) -> str:
+def describe(config: RunConfig) -> str:
     """The config as YAML with what each field means above it; it can be loaded again."""
-    head = _comment(_docs()[type(config).__name__][""], "")
-    return "\n".join([*head, *_describe(config, 0)]) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+    return schema.describe(
+        config, lambda part: navigation_config(part) if isinstance(part, EnvConfig) else None
+    )
 
 
 def own_version() -> str:
@@ -631,206 +522,17 @@ def own_version() -> str:
         return "unknown"
 
 
-# ---------------------------------------------------------------- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with duplicate keys as errors and 1e-3 as a number (as in YAML 1.2)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} is there twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that ``_Loader`` takes for numbers or folds; writes no aliases."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Dumper.add_representer(  # single quotes fold line breaks, of which Unicode has several
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, None if text.isprintable() else '"'
-    ),
-)
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z"),
-        list("-+.0123456789"),
-    )
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Plain values of strict YAML; raises ConfigError."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError([f"{where}{error.problem or error.context}"], source) from error
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        # PyYAML lets through what int(), float() and date() raise on malformed scalars
-        raise ConfigError([f"not valid YAML: {error}"], source) from error
-
-
-def read_yaml(source: str) -> dict[str, Any]:
-    """The section that a YAML file holds, as plain values; raises ConfigError."""
-    try:
-        with Path(source).open("rb") as stream:
-            data = stream.read(_MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"cannot be read: {error}"], source) from error
-    if len(data) > _MAX_BYTES:
-        raise ConfigError([f"larger than {_MAX_BYTES} bytes: is it a config?"], source)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"not UTF-8 text (byte {error.start})"], source) from error
-    values = parse_yaml(text, source)
-    if values is None:  # an empty file, or only comments
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError([f"expected `key: value` lines, found {_show(values)}"], source)
-    return values
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Sets ``a.b=value`` in nested plain values; raises ConfigError."""
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError([f"--set {override!r}: expected a.b=value"])
-    for depth, key in enumerate(keys[:-1], 1):
-        child = values.get(key)
-        values[key] = {} if child is None else child  # `env:` without anything below it
-        if not isinstance(values[key], dict):
-            raise ConfigError([f"--set {override!r}: {'.'.join(keys[:depth])} is not a section"])
-        values = values[key]
-    values[keys[-1]] = parse_yaml(text, f"--set {override!r}")
-
-
-# ---------------------------------------------------------------- plain values -> dataclass
-
-
-class _WrongType(Exception):  # noqa: N818  (becomes a line of a ConfigError)
-    """What was expected."""
-
-
-def build(cls: type[Any], values: Any, path: str, problems: list[str]) -> Any:
-    """An instance of a dataclass, or None after adding to ``problems``."""
-    if not isinstance(values, dict):
-        problems.append(
-            f"{path}: expected a section ({_words(_names(cls))}), found {_show(values)}"
-        )
-        return None
-    hints, before, found = get_type_hints(cls), len(problems), {}
-    for key, value in values.items():
-        where = f"{path}.{key}" if path else str(key)
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            hint = f"did you mean {_join(path, near[0])}?" if near else f"it has {_words(hints)}"
-            problems.append(f"{_REPR.repr(where)[1:-1]}: unknown key; {hint}")
-        elif dataclasses.is_dataclass(hints[key]):
-            # `env:` with everything below it commented out is an empty section
-            found[key] = build(hints[key], {} if value is None else value, where, problems)
-        else:
-            try:
-                found[key] = _convert(hints[key], value)
-            except _WrongType as wrong:
-                problems.append(f"{where}: expected {wrong}, found {_show(value)}")
-    if len(problems) > before:
-        return None
-    try:
-        return cls(**found)
-    except ValueError as error:  # of a class that checks itself; it names the field
-        problems.append(_join(path, str(error)))
-        return None
-
-
-def _convert(hint: Any, value: Any) -> Any:
-    """The value as the annotated type; raises _WrongType with what was expected."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        (inner,) = (a for a in args if a is not types.NoneType)
-        if value is None:
-            return None
-        try:
-            return _convert(inner, value)
-        except _WrongType as wrong:
-            raise _WrongType(f"{wrong} or null") from None
-    if origin is Literal:
-        if isinstance(value, str) and value in args:
-            return value
-        raise _WrongType(f"one of {_words(args)}")
-    if origin is tuple:
-        return _convert_tuple(args, value)
-    if hint is bool and isinstance(value, bool):
-        return value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int and is_number and abs(value) < 2**63 and value == int(value):
-        return int(value)  # 2e5 is a whole number too
-    if hint is float and is_number and abs(value) < 1e300:  # no nan, no inf, no endless integers
-        return float(value)
-    if hint is str and isinstance(value, str):
-        return value
-    raise _WrongType(
-        {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}[hint]
-    )
-
-
-def _convert_tuple(args: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    is_open = len(args) == 2 and args[1] is Ellipsis
-    try:
-        if not isinstance(value, list | tuple) or not (is_open or len(value) == len(args)):
-            _convert(args[0], None)  # for the name of the type
-        inner = args[:1] * len(value) if is_open else args
-        return tuple(_convert(a, v) for a, v in zip(inner, value, strict=True))
-    except _WrongType as wrong:
-        count = "a list" if is_open else f"a list of {len(args)}"
-        raise _WrongType(f"{count} ({wrong} each)") from None
-
-
-def _names(cls: type[Any]) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _words(names: Any) -> str:
-    return ", ".join(str(name) for name in names)
-
-
-# YAML aliases can make a value of endless length: few items, few levels
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring = 3, 3, 3, 60
-
-
-def _show(value: Any) -> str:
-    kind = {dict: "a section", list: "a list", str: "text", type(None): "nothing"}.get(type(value))
-    shown = _REPR.repr(value)
-    return kind or shown if value is None else f"{kind} {shown}" if kind else shown
-
-
 # ---------------------------------------------------------------- what goes together
 
 
 def _problems(config: RunConfig) -> Iterator[str]:
-    """Everything that is out of range or contradicts something else."""
-    yield from _out_of_range(config)
+    """Everything that is out of range or contradicts something else, each said once."""
+    yield from dict.fromkeys(_all_problems(config))
+
+
+def _all_problems(config: RunConfig) -> Iterator[str]:
+    yield from schema.out_of_range(config)
+    yield from _names_twice(config)
     if isinstance(config, SSL2RLRunConfig):
         yield from _ssl2rl_problems(config)
     elif isinstance(config, PerceptionRunConfig):
@@ -881,7 +583,7 @@ def _ssl2rl_problems(config: SSL2RLRunConfig) -> Iterator[str]:
             yield f"{stage}.num_epochs: loop.{stage}_steps says otherwise; drop one"
     if unknown := [name for name in loop.methods if name not in METHODS]:
         near = difflib.get_close_matches(unknown[0], METHODS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {_words(METHODS)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {words(METHODS)}"
         yield f"loop.methods: {unknown[0]!r} unknown; {hint}"
     if not loop.methods or len(set(loop.methods)) < len(loop.methods):
         yield "loop.methods: name one or more, each once"
@@ -940,7 +642,7 @@ def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
         yield f"env.{error}"
         return
     if sessions.preset not in PRESETS:
-        yield f"sessions.preset: expected one of {_words(PRESETS)}, found {sessions.preset!r}"
+        yield f"sessions.preset: expected one of {words(PRESETS)}, found {sessions.preset!r}"
     if max(sessions.real, sessions.redrawn, sessions.synthetic) <= 0:
         yield "sessions: real, redrawn and synthetic are all 0; one needs a positive weight"
     for name in ("real", "redrawn"):
@@ -1021,7 +723,7 @@ def _perception_problems(config: PerceptionRunConfig) -> Iterator[str]:
     if config.classifier.network == "head":
         yield "classifier.network: head is of kind ssl2rl only"
     if data.preset not in PRESETS:
-        yield f"data.preset: expected one of {_words(PRESETS)}, found {data.preset!r}"
+        yield f"data.preset: expected one of {words(PRESETS)}, found {data.preset!r}"
     if not data.validation_share < 1:
         yield f"data.validation_share: must be below 1, found {data.validation_share}"
     if data.dataset is not None and data.preset != PerceptionDataConfig().preset:
@@ -1048,7 +750,7 @@ def _perception_problems(config: PerceptionRunConfig) -> Iterator[str]:
     defaults, method = PerceptionTrainingConfig(), training.method
     for name, users in _STAGE_SETTINGS.items():
         if getattr(training, name) != getattr(defaults, name) and method not in users:
-            yield f"training.{name}: is of {_words(users)} only, and training.method is {method}"
+            yield f"training.{name}: is of {words(users)} only, and training.method is {method}"
     if method == "fixmatch" and data.labelled_fraction == 1 and data.dataset is None:
         yield (
             "data.labelled_fraction: 1 leaves nothing unlabelled for fixmatch; "
@@ -1081,141 +783,8 @@ _STAGE_SETTINGS = {
 }
 """Settings that only some methods read."""
 
-# By kind and section; for each rule below, the fields that it holds for.
-_ABOVE_ZERO: dict[str, dict[str, tuple[str, ...]]] = {
-    "navigation": {
-        "sessions": ("pool_size",),
-        "env": ("low_ctf_threshold_A", "reward"),
-        "algorithm": (
-            "learning_rate",
-            "discount_per_min",
-            "n_step",
-            "hidden_sizes",
-            "batch_size",
-            "buffer_capacity",
-            "updates_per_env_step",
-            "target_update_interval",
-            "target_update_rate",
-            "epsilon_steps",
-            "max_grad_norm",
-            "reward_scale",
-        ),
-        "training": (
-            "num_env_steps",
-            "num_envs_per_runner",
-            "rollout_length",
-            "num_torch_threads",
-            "evaluation_interval_steps",
-            "num_validation_sessions",
-        ),
-    },
-    "perception": {
-        "data": ("validation_share", "labelled_fraction", "low_ctf_threshold_A"),
-        "training": (
-            "num_epochs",
-            "batch_size",
-            "learning_rate",
-            "unlabelled_ratio",
-            "evaluation_interval_epochs",
-        ),
-        "compute": ("num_torch_threads",),
-    },
-    "crystfel": {
-        "experiments": ("pool_size",),
-        "algorithm": (
-            "learning_rate",
-            "discount",
-            "clip",
-            "num_epochs",
-            "num_minibatches",
-            "max_grad_norm",
-            "hidden_sizes",
-        ),
-        "training": (
-            "num_env_steps",
-            "num_envs",
-            "num_torch_threads",
-            "evaluation_interval_steps",
-            "num_validation_experiments",
-        ),
-    },
-    "ssl2rl": {
-        "loop": (
-            "num_rollouts",
-            "durations_min",
-            "num_starts",
-            "max_fall",
-            "pretraining_steps",
-            "finetuning_steps",
-        ),
-    },
-}
-_ZERO_OR_MORE: dict[str, dict[str, tuple[str, ...]]] = {
-    "navigation": {
-        "sessions": ("real", "redrawn", "synthetic", "unlabelled"),
-        "algorithm": (
-            "margin",
-            "final_learning_rate",
-            "learning_starts",
-            "epsilon_initial",
-            "epsilon_final",
-            "priority_exponent",
-            "importance_exponent",
-        ),
-        "training": ("num_env_runners",),
-    },
-    "perception": {
-        "data": ("validation_labelled_fraction",),
-        "classifier": ("dropout",),
-        "training": (
-            "momentum",
-            "weight_decay",
-            "ema_decay",
-            "unsupervised_weight",
-            "num_warmup_epochs",
-            "augmentation_strength",
-            "num_folds",
-        ),
-        "compute": ("num_workers",),
-    },
-    "ssl2rl": {"loop": ("num_rounds", "exploration")},
-    "crystfel": {
-        "algorithm": ("final_learning_rate", "entropy_weight", "value_weight", "trace_decay"),
-        "training": ("num_env_runners",),
-    },
-}
-_AT_MOST_ONE: dict[str, dict[str, tuple[str, ...]]] = {
-    "navigation": {
-        "sessions": ("unlabelled",),
-        "algorithm": (
-            "discount_per_min",
-            "target_update_rate",
-            "epsilon_initial",
-            "epsilon_final",
-            "priority_exponent",
-            "importance_exponent",
-        ),
-    },
-    "perception": {
-        "data": ("labelled_fraction", "validation_labelled_fraction"),
-    },
-    "ssl2rl": {},
-    "crystfel": {"algorithm": ("discount", "trace_decay")},
-}
 
-
-def _out_of_range(config: RunConfig) -> Iterator[str]:
-    for rule, is_met, named in (
-        ("above 0", lambda v: v > 0, _ABOVE_ZERO),
-        ("0 or more", lambda v: v >= 0, _ZERO_OR_MORE),
-        ("at most 1", lambda v: v <= 1, _AT_MOST_ONE),
-    ):
-        for section, names in named[config.kind].items():
-            for name in names:
-                value = getattr(getattr(config, section), name)
-                values = value if isinstance(value, tuple) else (value,)
-                if any(v is not None and not is_met(v) for v in values):
-                    yield f"{section}.{name}: must be {rule}, found {_plain(value)}"
+def _names_twice(config: RunConfig) -> Iterator[str]:
     if not 0 <= config.seed < 2**32:
         yield f"seed: must be 0 or more and below 2**32, found {config.seed}"
     if not isinstance(config, NavigationRunConfig | CrystFELRunConfig):
@@ -1228,57 +797,3 @@ def _out_of_range(config: RunConfig) -> Iterator[str]:
         values = getattr(config.data, name)
         if "" in values or len(set(values)) < len(values):
             yield f"data.{name}: a name is empty or there twice"
-
-
-# ---------------------------------------------------------------- for people
-
-
-def _describe(config: Any, indent: int) -> Iterator[str]:
-    pad = "  " * indent
-    resolved = navigation_config(config) if isinstance(config, EnvConfig) else None
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            yield ""
-            yield from _comment(_docs()[type(value).__name__][""], pad)
-            yield f"{pad}{f.name}:"
-            yield from _describe(value, indent + 1)
-            continue
-        yield from _comment(_docs()[type(config).__name__].get(f.name, ""), pad)
-        # a list of one in flow style: its inside is the value on one line
-        text = yaml.dump([_plain(value)], Dumper=_Dumper, default_flow_style=True, width=10**6)
-        line = f"{pad}{f.name}: {text.strip()[1:-1]}"
-        if value is None and resolved is not None:
-            line += f"  # preset: {_plain(getattr(resolved, f.name))}"
-        yield line
-
-
-def _comment(text: str, pad: str) -> list[str]:
-    prefix = pad + "# "
-    return textwrap.wrap(text, 100, initial_indent=prefix, subsequent_indent=prefix)
-
-
-def _parsed(cls: type[Any]) -> list[ast.stmt]:
-    """A class that is configured here and documented where it lives."""
-    return ast.parse(inspect.getsource(cls)).body
-
-
-@cache
-def _docs() -> dict[str, dict[str, str]]:
-    """Of each class here: its docstring under "", and of each field the string below it."""
-    docs: dict[str, dict[str, str]] = {}
-    here = inspect.getsource(sys.modules[__name__])
-    for node in [*_parsed(TuningConfig), *ast.parse(here).body]:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        bases = (docs.get(base.id, {}) for base in node.bases if isinstance(base, ast.Name))
-        docs[node.name] = {k: v for base in bases for k, v in base.items()}
-        docs[node.name][""] = ast.get_docstring(node) or ""
-        for name, below in zip(node.body, node.body[1:], strict=False):
-            match (name, below):
-                case (
-                    ast.AnnAssign(target=ast.Name(id=field_name)),
-                    ast.Expr(value=ast.Constant(value=str(text))),
-                ):
-                    docs[node.name][field_name] = inspect.cleandoc(text)
-    return docs

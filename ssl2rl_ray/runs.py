@@ -38,7 +38,8 @@ from typing import Any, Self
 
 import pandas as pd
 
-from ssl2rl_ray.config import RunConfig, load_config, own_version, to_dict, to_yaml
+from ssl2rl_ray.config import RunConfig, load_config, own_version
+from ssl2rl_ray.schema import to_dict, to_yaml
 
 try:
     import fcntl

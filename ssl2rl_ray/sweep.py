@@ -32,16 +32,7 @@ from typing import Any
 
 import yaml
 
-from ssl2rl_ray.config import (
-    ConfigError,
-    RunConfig,
-    apply_override,
-    build,
-    from_dict,
-    parse_yaml,
-    read_yaml,
-    to_dict,
-)
+from ssl2rl_ray.config import RunConfig, from_dict
 from ssl2rl_ray.launch import run_config
 from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.runs import (
@@ -53,6 +44,7 @@ from ssl2rl_ray.runs import (
     stopped_by,
     write_text,
 )
+from ssl2rl_ray.schema import ConfigError, apply_override, build, parse_yaml, read_yaml, to_dict
 
 _MAX_TRIALS = 10_000
 _MAX_NAME_BYTES = 200

@@ -30,11 +30,12 @@ from envs.cryoem.types import FloatArray, HoleTable, NavigationConfig
 from ssl2rl_ray.algorithms.module import linear_epsilon
 from ssl2rl_ray.algorithms.networks import QNetwork, choose, make_network
 from ssl2rl_ray.algorithms.policy import Artefact
-from ssl2rl_ray.config import NavigationRunConfig, check, navigation_config, to_dict, to_yaml
+from ssl2rl_ray.config import NavigationRunConfig, check, navigation_config
 from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.data.splits import label_marks
 from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.runs import RunDirectory, on_interrupt
+from ssl2rl_ray.schema import to_dict, to_yaml
 from ssl2rl_ray.tensorboard import TensorBoard
 
 _VALIDATION_SEED = 20210331

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 
 from envs.cryoem.types import ActionLevel, FeatureSet, NavigationConfig, Preset
 from ssl2rl_ray.config import (
-    ConfigError,
     DataConfig,
-    DQNConfig,
     EnvConfig,
     NavigationRunConfig,
     PerceptionRunConfig,
@@ -27,9 +25,9 @@ from ssl2rl_ray.config import (
     from_dict,
     load_config,
     navigation_config,
-    to_dict,
-    to_yaml,
 )
+from ssl2rl_ray.recipes import DQNConfig
+from ssl2rl_ray.schema import ConfigError, to_dict, to_yaml
 
 TUNE_CONFIGS = [
     path

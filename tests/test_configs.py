@@ -4,13 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ssl2rl_ray.config import (
-    NavigationRunConfig,
-    load_config,
-    navigation_config,
-    read_yaml,
-    to_yaml,
-)
+from ssl2rl_ray.config import NavigationRunConfig, load_config, navigation_config
+from ssl2rl_ray.schema import read_yaml, to_yaml
 from ssl2rl_ray.sweep import Room, load_sweep, num_concurrent
 
 FOLDER = Path(__file__).parents[1] / "tune_configs"

@@ -21,13 +21,13 @@ from envs.cryoem.synthetic import draw_session
 from ssl2rl_ray.algorithms.networks import CandidateNetwork, make_network
 from ssl2rl_ray.algorithms.policy import Artefact
 from ssl2rl_ray.config import (
-    DQNConfig,
     EnvConfig,
     NavigationRunConfig,
     SessionsConfig,
     TrainingConfig,
     navigation_config,
 )
+from ssl2rl_ray.recipes import DQNConfig
 from ssl2rl_ray.runs import RunDirectory
 
 ray = pytest.importorskip("ray")

@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from envs.cryoem.types import RandomEffects
-from ssl2rl_ray.config import ConfigError, SSL2RLRunConfig, load_config
+from ssl2rl_ray.config import SSL2RLRunConfig, load_config
 from ssl2rl_ray.data.folder import read_dataset, write_dataset
 from ssl2rl_ray.data.text import DataError
 from ssl2rl_ray.loop.head import Head, finetune, fit_ridge, given_logit, pretrain, sample_of
@@ -24,6 +24,7 @@ from ssl2rl_ray.loop.stages import Task, believe
 from ssl2rl_ray.perception.metrics import area_under_roc
 from ssl2rl_ray.perception.posterior import logit_parts
 from ssl2rl_ray.runs import RunDirectory
+from ssl2rl_ray.schema import ConfigError
 
 
 def config(dataset: Path, **changes) -> SSL2RLRunConfig:

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -963,3 +965,116 @@ def test_mistakes_are_told(data, tmp_path, capsys, words, says):
 
     assert main([*online_command(data, tmp_path / "o"), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+# ---- as a process that is ended ------------------------------------------------------------------
+
+
+def started(*words) -> subprocess.Popen[str]:
+    """``ssl2rl`` in a process group of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ssl2rl_ray", *words],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_lines(process, folder: Path, num: int) -> None:
+    """Until the audit log of a run has so many lines, or the run has ended."""
+    path = folder / "audit.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < num:
+        try:
+            process.wait(timeout=0.002)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def check_nothing_is_lost_or_twice(folder: Path, num_frames: int) -> list[dict]:
+    """The lines of the log that count add up to the state; all lines."""
+    lines = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
+    assert [line.get("line", at) for at, line in enumerate(lines, 1)] == [*range(1, len(lines) + 1)]
+    uncounted = {at for line in lines for at in line.get("uncounted", ())}
+    counted = [line for line in lines if line.get("line") not in uncounted]
+    done = [line for line in counted if line["what"] == "processed"]
+    first = [line["first_frame"] for line in done]
+    assert len(first) == len(set(first))
+    assert sum(line["num_frames"] for line in done) == num_frames
+    versions = [line["version"] for line in counted if line["what"] in ("deployed", "reverted")]
+    assert versions == [*range(2, len(versions) + 2)]  # each change once
+    ended = counted[-1]
+    assert ended["what"] == "ended" and ended["version"] == len(versions) + 1
+    assert ended["num_processed"] == num_frames
+    assert ended["num_indexed"] == sum(line["num_indexed"] for line in done)
+    tried = [line for line in counted if line["what"] == "tried"]
+    assert len({(line["search"], json.dumps(line["parameters"])) for line in tried}) == len(tried)
+    return lines
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_again_and_again_loses_nothing(data, tmp_path):
+    words = online_command(data, tmp_path / "o", "--max-frames", "24", "--set", "min_snr=60")
+    num_killed = 0
+    for num_lines in (1, 3, 6, 10, 15, 21):
+        process = started(*words)
+        wait_for_lines(process, tmp_path / "o", num_lines)
+        process.kill()
+        said, _ = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), said
+        num_killed += process.returncode != 0
+    assert num_killed >= 3
+    last = started(*words)
+    said, _ = last.communicate()
+    assert last.returncode == 0, said
+    lines = check_nothing_is_lost_or_twice(tmp_path / "o", 24)
+    assert [line["what"] for line in lines].count("started again") >= num_killed - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_asked_to_end_does_and_goes_on_later(data, tmp_path, number):
+    words = online_command(data, tmp_path / "o", "--set", "min_snr=60")  # without an end
+    process = started(*words)
+    wait_for_lines(process, tmp_path / "o", 6)
+    os.kill(process.pid, number)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert "frames processed" in said and "to paste" in said
+    first = [json.loads(line) for line in (tmp_path / "o" / "audit.jsonl").open()]
+    assert first[-1]["what"] == "ended"
+    last = started(*words, "--max-frames", "24")
+    said, _ = last.communicate()
+    assert last.returncode == 0, said
+    lines = check_nothing_is_lost_or_twice(tmp_path / "o", 24)
+    again = next(line for line in lines if line["what"] == "started again")
+    assert again["uncounted"] == []  # an end that was asked for is a clean one
+    assert again["num_processed"] == first[-1]["num_processed"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_with_ray_a_driver_that_ends_leaves_no_process_and_goes_on(data, tmp_path, number):
+    import ray  # noqa: F401  (brings psutil)
+    import psutil  # isort: skip
+
+    words = online_command(data, tmp_path / "o", "--set", "min_snr=60")
+    words.remove("--no-ray")
+    process = started(*words)
+    wait_for_lines(process, tmp_path / "o", 6)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number)
+    said, _ = process.communicate()
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0), said
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    last = started(*words, "--max-frames", "24")
+    said, _ = last.communicate()
+    assert last.returncode == 0, said
+    check_nothing_is_lost_or_twice(tmp_path / "o", 24)

@@ -19,7 +19,7 @@ from envs.cryoem.images import draw_images
 from envs.cryoem.synthetic import draw_session
 from envs.cryoem.types import NavigationConfig, RandomEffects
 from ssl2rl_ray.cli import main
-from ssl2rl_ray.config import METHODS, ConfigError, LoopConfig, SSL2RLRunConfig, load_config
+from ssl2rl_ray.config import METHODS, LoopConfig, SSL2RLRunConfig, load_config
 from ssl2rl_ray.data.folder import read_dataset, write_dataset
 from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.loop.ssl2rl import _gone_wrong, _print_round, _warn_of_selection, kept_round, ssl2rl
@@ -38,6 +38,7 @@ from ssl2rl_ray.loop.stages import (
 )
 from ssl2rl_ray.perception.model import model_of_run
 from ssl2rl_ray.runs import RunDirectory
+from ssl2rl_ray.schema import ConfigError
 
 torch.set_num_threads(1)
 

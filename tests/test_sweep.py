@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from ssl2rl_ray import sweep as sweeps
 from ssl2rl_ray.cli import main
-from ssl2rl_ray.config import ConfigError, PerceptionRunConfig
+from ssl2rl_ray.config import PerceptionRunConfig
 from ssl2rl_ray.launch import run_config
 from ssl2rl_ray.runs import RunDirectory, RunError, acquire_lock
+from ssl2rl_ray.schema import ConfigError
 from ssl2rl_ray.sweep import (
     Room,
     Sweep,

@@ -49,7 +49,8 @@ from ssl2rl_ray.algorithms.losses import td_error, weighted_huber
 from ssl2rl_ray.algorithms.module import Q_TM1, V_T, NavigationModule
 from ssl2rl_ray.algorithms.replay import Replay
 from ssl2rl_ray.algorithms.runner import Columnar, ColumnarEnvRunner
-from ssl2rl_ray.config import DQNConfig, TrainingConfig
+from ssl2rl_ray.config import TrainingConfig
+from ssl2rl_ray.recipes import DQNConfig
 
 MakeEnv = Callable[..., VectorEnv]
 """``make_env(num_envs=..., seed=...)``; it travels to the runners, so it must be picklable."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl2rl_ray.config import METHODS, Method, SSL2RLRunConfig, check, to_dict, to_yaml
+from ssl2rl_ray.config import METHODS, Method, SSL2RLRunConfig, check
 from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.evaluate import align
 from ssl2rl_ray.local_ray import local_ray
@@ -49,6 +49,7 @@ from ssl2rl_ray.loop.stages import (
     write_model,
 )
 from ssl2rl_ray.runs import RunDirectory
+from ssl2rl_ray.schema import to_dict, to_yaml
 from ssl2rl_ray.tensorboard import TensorBoard
 
 CRITERIA = ("reward", "accuracy")

@@ -164,7 +164,9 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
             f"on the same {control['num_frames']} frames: {control['fraction_tuned']:.1%} tuned, "
             f"{control['fraction_initial']:.1%} with the initial parameters"
         )
-    lines.append(f"the tuner thought for {result['agent_s']:.2f} s, {result['agent_share']:.2%}")
+    lines.append(
+        f"the tuner thought for {result['agent_s']:.2f} s, {result['agent_share']:.2%} of its steps"
+    )
     lines += ["to paste:", f"  {command}", f"geometry: {result['geometry']}"]
     return result, "\n".join(lines)
 

@@ -219,7 +219,9 @@ def serve(
         header: what the log's line about the start says beside.
 
     Returns:
-        the summary, plain values.
+        the summary, plain values: counts, parameters, and times: ``agent_s`` for which the
+        optimiser thought, ``asked_s`` for which its frames were indexed, the share of the first in
+        both.
 
     Raises:
         OnlineError: a damaged state, or a geometry that is not the one that it is relative to.
@@ -232,13 +234,15 @@ def serve(
     is_new = state is None
     state = begin(initial) if state is None else resumed(config, state)
     tell = say or (lambda line: None)
-    tuner, agent_s, started = Tuner(config, make), 0.0, clock()
+    tuner, started = Tuner(config, make), clock()
+    agent_s = asked_s = 0.0
     store.note(
         {
             "what": "started" if is_new else "started again",
             "version": state.version,
             "parameters": state.incumbent.as_dict(),
             "num_processed": state.num_processed,
+            "uncounted": list(store.uncounted),
             "config": {**vars(config), "tunables": list(config.tunables)},
             **(header or {}),
         }
@@ -246,6 +250,12 @@ def serve(
     store.save(state)
     if experiment is not None:
         store.publish(experiment, state.incumbent, xwiz)
+
+    def log(happened: Mapping[str, Any]) -> None:
+        """Of what no state knows."""
+        assert state is not None
+        store.note(dict(happened))
+        store.save(state)
 
     def take(event: Event) -> None:
         nonlocal state
@@ -265,14 +275,14 @@ def serve(
 
     busy: dict[str, tuple[tuple[Frame, ...], int]] = {}  # frames, version
     num_lost: dict[str, int] = {PIPELINE: 0, TUNER: 0}
-    num_tries, last_new, num_seen = 0, clock(), 0
+    num_tries, last_new, num_seen, asked = 0, clock(), 0, clock()
     told: dict[str, str] = {}
     while stop is None or not stop.is_set():
         source.poll()
         for path, reason in source.unreadable.items():
             if told.get(path) != reason:
                 told[path] = reason
-                store.note({"what": "unreadable", "file": path, "reason": reason})
+                log({"what": "unreadable", "file": path, "reason": reason})
                 tell(reason)
         if is_growing := len(source.frames) > num_seen:
             num_seen, last_new = len(source.frames), clock()
@@ -291,7 +301,7 @@ def serve(
             take(Proposed(parameters=proposed))
             continue
         if isinstance(question, Index) and TUNER not in busy:
-            busy[TUNER] = question.frames, state.version
+            busy[TUNER], asked = (question.frames, state.version), clock()
             workers.submit(TUNER, question.parameters, question.frames)
         if not busy and isinstance(question, Wait):
             is_idle = until.idle_s is not None and clock() - last_new >= until.idle_s
@@ -303,9 +313,7 @@ def serve(
             frames, version = busy.pop(answer.name)
             if answer.is_lost:
                 num_lost[answer.name] += 1
-                store.note(
-                    {"what": "worker lost", "worker": answer.name, "reason": answer.error[:2000]}
-                )
+                log({"what": "worker lost", "worker": answer.name, "reason": answer.error[:2000]})
                 tell(f"the {answer.name}'s worker died; it is asked again")
                 if num_lost[answer.name] >= MAX_LOSSES:
                     raise IndexerError(
@@ -316,6 +324,7 @@ def serve(
                 continue  # the question, or the frames, are still there
             num_lost[answer.name] = 0
             if answer.name == TUNER:
+                asked_s += clock() - asked
                 if answer.result is None:
                     take(Failed(reason=answer.error))
                 else:
@@ -325,14 +334,19 @@ def serve(
                 take(Processed(frames=frames, result=answer.result, version=version))
             else:
                 num_tries += 1
-                store.note({"what": "pipeline failed", "try": num_tries, "reason": answer.error})
+                log({"what": "pipeline failed", "try": num_tries, "reason": answer.error})
                 tell(f"the pipeline failed ({num_tries} of {MAX_TRIES}): {answer.error}")
                 if num_tries >= MAX_TRIES:
                     num_tries = 0
                     take(Skipped(frames=frames, reason=answer.error))
-    elapsed = max(clock() - started, 1e-9)
-    result = summary(state) | {"agent_s": agent_s, "agent_share": agent_s / elapsed}
-    store.note({"what": "ended", **summary(state)})
+    times = {
+        "elapsed_s": clock() - started,
+        "agent_s": agent_s,
+        "asked_s": asked_s,
+        "agent_share": agent_s / max(agent_s + asked_s, 1e-9),
+    }
+    result = summary(state) | times
+    log({"what": "ended", **result})
     return result
 
 

@@ -9,8 +9,8 @@ parameters.json  the incumbent
 command.txt      how to index with it
 xwiz.toml        the user's EXtra-Xwiz configuration with it (where one was given)
 
-A crash can leave lines in the log whose consequence is not in the state: they stand there again
-after ``started again``, and what counts is the state.
+A crash can leave lines in the log whose consequence is not in the state: what they tell happens
+again, and ``started again`` names them as ``uncounted``. All other lines add up to the state.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class Store:
         except ValueError as error:
             raise OnlineError(str(error)) from error
         self._num_lines = _mended(self.folder / "audit.jsonl")
+        self.uncounted: tuple[int, ...] = ()
+        """Lines of the log that an earlier run wrote and no state has taken in."""
         self._audit = open(self.folder / "audit.jsonl", "a", encoding="utf-8")  # noqa: SIM115
 
     def state(self) -> State | None:
@@ -71,8 +73,11 @@ class Store:
         if not path.exists():
             return None
         try:
-            state = from_plain(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            document = json.loads(path.read_text())
+            num_counted = document.pop("num_lines", self._num_lines)
+            state = from_plain(document)
+            self.uncounted = tuple(range(num_counted + 1, self._num_lines + 1))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise OnlineError(
                 f"{path} is damaged or of another version ({error}): start anew with another "
                 "--out; parameters.json has the parameters"
@@ -99,8 +104,9 @@ class Store:
             )
 
     def save(self, state: State) -> None:
-        """Puts the state in place, whole."""
-        write_text(self.folder / "state.json", json.dumps(to_plain(state)) + "\n")
+        """Puts the state in place, whole, with how many lines of the log it knows of."""
+        document = to_plain(state) | {"num_lines": self._num_lines}
+        write_text(self.folder / "state.json", json.dumps(document) + "\n")
 
     def note(self, happened: Happened) -> None:
         """One more line of the audit log, on disk when this returns."""

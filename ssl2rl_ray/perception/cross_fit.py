@@ -19,7 +19,7 @@ import torch
 from scipy.special import expit
 
 from envs.cryoem.types import FloatArray, HoleTable, IntArray
-from ssl2rl_ray.config import PerceptionRunConfig, to_dict
+from ssl2rl_ray.config import PerceptionRunConfig
 from ssl2rl_ray.data.splits import folds, marks
 from ssl2rl_ray.perception.classifier import Classifier, make_classifier
 from ssl2rl_ray.perception.fit import Fit
@@ -28,6 +28,7 @@ from ssl2rl_ray.perception.model import Model, Prediction, model_of_run
 from ssl2rl_ray.perception.posterior import fit_posterior
 from ssl2rl_ray.perception.sample import Sample, Split, examples_of, split_of, truth_of
 from ssl2rl_ray.runs import RunDirectory
+from ssl2rl_ray.schema import to_dict
 
 _FOLDS = 4  # stream of random numbers of the seed, beside those of ``sample``
 _NUM_FOR_MEAN = 2000

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ssl2rl_ray.config import PerceptionRunConfig, check, to_dict, to_yaml
+from ssl2rl_ray.config import PerceptionRunConfig, check
 from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.perception.cross_fit import Training, judge, model_of, read_state
@@ -27,6 +27,7 @@ from ssl2rl_ray.perception.distributed import last_state, report, run_workers
 from ssl2rl_ray.perception.model import Prediction, model_folder
 from ssl2rl_ray.perception.sample import sample_of, truth_of
 from ssl2rl_ray.runs import RunDirectory, on_interrupt
+from ssl2rl_ray.schema import to_dict, to_yaml
 from ssl2rl_ray.stats import or_none
 from ssl2rl_ray.tensorboard import TensorBoard
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl2rl_ray.config import METHODS, SSL2RLRunConfig, to_dict
+from ssl2rl_ray.config import METHODS, SSL2RLRunConfig
 from ssl2rl_ray.runs import FORMAT, RunDirectory
+from ssl2rl_ray.schema import to_dict
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "the paper's methods": (

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
-from ray.rllib.algorithms.ppo import PPO, PPOConfig
+from ray.rllib.algorithms import ppo as rllib_ppo
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
@@ -47,7 +47,8 @@ from torch import nn
 
 from envs.crystfel.types import FloatArray
 from ssl2rl_ray.algorithms.dqn import _map_arrays
-from ssl2rl_ray.config import TuningAlgorithmConfig, TuningTrainingConfig
+from ssl2rl_ray.config import TuningTrainingConfig
+from ssl2rl_ray.recipes import PPOConfig
 from ssl2rl_ray.tuning.policy import MAX_LOG_SPREAD
 
 MakeEnv = Callable[..., VectorEnv[Any, Any, Any]]
@@ -122,7 +123,7 @@ class EpisodeRunner(SingleAgentEnvRunner):
         return self.metrics.reduce()
 
 
-class TuningPPO(PPO):
+class TuningPPO(rllib_ppo.PPO):
     """PPO whose batches are whole episodes as columns."""
 
     def _setup_logdir(self) -> None:
@@ -249,7 +250,7 @@ def advantages(
 
 
 def build(
-    config: TuningAlgorithmConfig,
+    config: PPOConfig,
     training: TuningTrainingConfig,
     *,
     make_env: MakeEnv,
@@ -261,7 +262,7 @@ def build(
     """The algorithm; one ``train()`` is one episode of every experiment, then one update."""
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)  # it greets with a paragraph
     num_rows = num_steps * training.num_envs * max(1, training.num_env_runners)
-    rllib = PPOConfig(algo_class=TuningPPO)
+    rllib = rllib_ppo.PPOConfig(algo_class=TuningPPO)
     rllib.api_stack(enable_rl_module_and_learner=True, enable_env_runner_and_connector_v2=True)
     rllib.environment(
         env="ssl2rl-tuning",

@@ -27,9 +27,10 @@ from envs.crystfel.env import (
 )
 from envs.crystfel.rivals import tune
 from envs.crystfel.surrogate import Sample, best_fraction, draw_experiments, true_fraction
-from ssl2rl_ray.config import CrystFELRunConfig, check, to_dict, to_yaml
+from ssl2rl_ray.config import CrystFELRunConfig, check
 from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.runs import RunDirectory, on_interrupt
+from ssl2rl_ray.schema import to_dict, to_yaml
 from ssl2rl_ray.tensorboard import TensorBoard
 from ssl2rl_ray.tuning.policy import TuningPolicy
 
