@@ -7,7 +7,6 @@ the selection squares, as the run noted it; what is quoted is of the test square
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl2rl_ray.config import own_version
+from ssl2rl_ray.report import folder
 from ssl2rl_ray.report.figures import draw, figures, points
 from ssl2rl_ray.report.page import page
 from ssl2rl_ray.report.results import (
@@ -23,12 +23,10 @@ from ssl2rl_ray.report.results import (
     find_runs,
     in_order,
     percent,
-    read_json,
     read_runs,
 )
 from ssl2rl_ray.report.tables import PAPER_NAVIGATORS, cell_text, tables, to_csv
 
-FORMAT = "ssl2rl-report"
 FORMAT_VERSION = 1
 
 
@@ -67,7 +65,7 @@ def report(paths: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     if all(len({p.seed for p in of_main if p.labelled_fraction == f}) < 2 for f in fractions):
         notes.append("One data set a cell (n=1) ranks nothing: run at least five seeds")
     return {
-        "format": FORMAT,
+        "format": folder.FORMATS["report"],
         "format_version": FORMAT_VERSION,
         "version": own_version(),
         "runs": runs,
@@ -106,28 +104,7 @@ def _ended_early(played: Sequence[Played]) -> Iterator[str]:
 
 def check_out(out: str | os.PathLike[str], *, force: bool = False) -> None:
     """Raises ReportError where a report may not be written, before any work is done for it."""
-    folder = Path(out)
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        raise ReportError(f"cannot write {folder}: {above} is a file, not a folder")
-    if not os.access(above, os.W_OK):
-        raise ReportError(f"cannot write {folder}: the folder {above} is read-only for you")
-    if not folder.is_dir() or force or _written_before(folder):
-        return
-    if found := sorted(path.name for path in folder.iterdir()):
-        raise ReportError(
-            f"{folder} is not empty ({found[0]!r}) and holds no earlier report: "
-            "name another --out, or --force to write beside what is there"
-        )
-
-
-def _written_before(folder: Path) -> list[str]:
-    """Files of an earlier report there; empty = none."""
-    earlier = read_json(folder / "report.json")
-    names = earlier.get("files") if earlier.get("format") == FORMAT else None
-    if not isinstance(names, list):
-        return []
-    return [name for name in names if isinstance(name, str) and Path(name).name == name]
+    folder.check_out(out, "report", force=force)
 
 
 def write_report(
@@ -141,8 +118,6 @@ def write_report(
     Raises:
         ReportError: as ``check_out``.
     """
-    check_out(out, force=force)
-    folder = Path(out)
     files: dict[str, bytes] = {}
     for name, table in document["tables"].items():
         files[f"{name}.csv"] = to_csv(table["cells"])
@@ -153,21 +128,8 @@ def write_report(
         images[name] = files[f"{name}.png"] = draw(figure)
         files[f"{name}.csv"] = to_csv(points(figure))
     files["report.html"] = page(document, images).encode()
-    document["files"] = ["report.json", *files]
-    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _written_before(folder):
-        if name not in files:
-            (folder / name).unlink(missing_ok=True)
-    # report.json first: a write that was cut short is known for a report, and made again
-    for name, data in {"report.json": text.encode(), **files}.items():
-        partial = folder / f".{name}.{os.getpid()}.part"
-        try:
-            partial.write_bytes(data)
-            partial.replace(folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
-    return folder / "report.html"
+    folder.write(document, files, out, "report", force=force)
+    return Path(out) / "report.html"
 
 
 def format_report(document: Mapping[str, Any]) -> str:

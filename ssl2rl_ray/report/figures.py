@@ -43,6 +43,19 @@ _STYLES: dict[str, Style] = {
     "own_threshold": ("#000000", "--", "s"),
 }
 _STRANGER: Style = ("#5b3a8c", _LONG, "+")
+_NUMBERED: tuple[Style, ...] = (
+    ("#0072b2", "-", "o"),
+    ("#d55e00", "--", "s"),
+    ("#009e73", "-.", "^"),
+    ("#cc79a7", _LONG, "D"),
+    ("#000000", ":", "v"),
+    ("#56b4e9", _DOTTED, "P"),
+    ("#e69f00", "-", "X"),
+    ("#882255", "--", "<"),
+    ("#999933", "-.", ">"),
+    ("#7a7a7a", _LONG, "h"),
+)
+"""Of lines that are told apart by a number only."""
 _REFERENCES = {
     "the paper's methods": ("labelled-only",),
     "controls": ("iterative-fixmatch", "ssl2rl-480"),
@@ -446,7 +459,12 @@ def _draw_panel(axes: Any, panel: Mapping[str, Any], labels: dict[str, Any]) -> 
     xs = sorted({x for line in lines for x in line["x"]})
     gap = min((b - a for a, b in itertools.pairwise(xs)), default=1.0)
     for i, line in enumerate(lines):
-        colour, dash, marker = _STYLES.get(line["style"], _STRANGER)
+        style = line["style"]
+        colour, dash, marker = (
+            _NUMBERED[style % len(_NUMBERED)]
+            if isinstance(style, int)
+            else _STYLES.get(style, _STRANGER)
+        )
         look: dict[str, Any] = {"color": colour, "ls": dash, "lw": 1.5, "zorder": 3}
         if line.get("is_bound"):
             look |= {"ls": (0, (1, 2)), "lw": 0.9}
@@ -469,9 +487,12 @@ def _draw_panel(axes: Any, panel: Mapping[str, Any], labels: dict[str, Any]) -> 
         if line.get("is_level"):
             drawn = axes.axhline(mean[0], **look)
         else:
+            if is_held := bool(line.get("is_held")):  # until the next point
+                look |= {"drawstyle": "steps-post", "markevery": max(1, len(x) // 12)}
             (drawn,) = axes.plot(x, mean, **look)
             if line["spread"] == "band":
-                axes.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
+                step = "post" if is_held else None
+                axes.fill_between(x, low, high, step=step, color=colour, alpha=0.1, lw=0)
         if "kept_share" in line:
             axes.scatter(
                 line["x"], line["mean"], s=[220 * share for share in line["kept_share"]],

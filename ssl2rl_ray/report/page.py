@@ -81,10 +81,34 @@ def page(document: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
             for name, table in document["tables"].items()
         ),
         *(
-            (name, figure["title"], _figure(name, figure, images[name]))
+            (name, figure["title"], figure_html(name, figure, images[name]))
             for name, figure in document["figures"].items()
         ),
     ]
+    footer = (
+        f'<p id="paper-note">¹ {escape(PAPER_NOTE)} Source: {escape(PAPER["source"])}.</p>\n'
+        f"<p>ssl2rl-ray {escape(document['version'])}; all numbers: "
+        '<a href="report.json">report.json</a>.</p>'
+    )
+    return frame(
+        "SSL²-RL: report",
+        "SSL²-RL: classifier and policy under few labels",
+        _lead(document),
+        document["notes"],
+        sections,
+        footer,
+    )
+
+
+def frame(
+    title: str,
+    heading: str,
+    lead: str,
+    notes: Sequence[str],
+    sections: Sequence[tuple[str, str, str]],
+    footer: str,
+) -> str:
+    """A page of sections, each a name, a heading and HTML; ``lead`` and ``footer`` are HTML too."""
     contents = "".join(f'<li><a href="#{_id(i)}">{escape(t)}</a></li>' for i, t, _ in sections)
     body = "\n".join(
         f'<section id="{_id(name)}"><h2>{escape(text)}</h2>\n{content}</section>'
@@ -95,21 +119,20 @@ def page(document: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>SSL²-RL: report</title>
+<title>{escape(title)}</title>
 <style>{_CSS}</style>
 </head>
 <body>
 <header>
-<h1>SSL²-RL: classifier and policy under few labels</h1>
-<p class="lead">{_lead(document)}</p>
-{_notes(document["notes"])}
+<h1>{escape(heading)}</h1>
+<p class="lead">{lead}</p>
+{_notes(notes)}
 </header>
 <nav aria-label="Contents"><strong>Contents</strong><ul>{contents}</ul></nav>
 <main>
 {body}
 </main>
-<footer><p id="paper-note">¹ {escape(PAPER_NOTE)} Source: {escape(PAPER["source"])}.</p>
-<p>ssl2rl-ray {escape(document["version"])}; all numbers: <a href="report.json">report.json</a>.</p>
+<footer>{footer}
 </footer>
 </body>
 </html>
@@ -172,7 +195,7 @@ def _about(document: Mapping[str, Any]) -> str:
         lines.append(f'<tr><th scope="row">{percent(fraction)}</th>{row}</tr>')
     heads = ("labelled", "navigation", "seeds", "runs", "methods", "holes", "labels used")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")
+    return scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")
 
 
 def _table(name: str, table: Mapping[str, Any]) -> str:
@@ -222,7 +245,7 @@ def _by_fraction(
             )
         line = "".join(_cell(at.get((row["row"], f)), decimals, sign=sign) for f in fractions)
         lines.append(f'<tr><th scope="row">{escape(row["title"])}</th>{line}</tr>')
-    return _scroll(
+    return scroll(
         f'<table><thead><tr><th scope="col">{escape(heading)}</th>{heads}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table>"
     )
@@ -282,7 +305,7 @@ def _anova(table: Mapping[str, Any]) -> str:
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
     body = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     caption = f'<p class="caption">{escape(table["caption"])}</p>'
-    return caption + _links("table3", table) + _scroll(body)
+    return caption + _links("table3", table) + scroll(body)
 
 
 def _links(name: str, table: Mapping[str, Any]) -> str:
@@ -291,7 +314,8 @@ def _links(name: str, table: Mapping[str, Any]) -> str:
     return f'<p class="caption">Numbers: {links}</p>'
 
 
-def _figure(name: str, figure: Mapping[str, Any], image: bytes) -> str:
+def figure_html(name: str, figure: Mapping[str, Any], image: bytes) -> str:
+    """A figure in the page itself, with its caption and a link to its numbers."""
     data = base64.b64encode(image).decode()
     wide = ' class="wide"' if figure["columns"] > 1 else ""
     file = escape(f"{name}.csv", quote=True)
@@ -303,5 +327,6 @@ def _figure(name: str, figure: Mapping[str, Any], image: bytes) -> str:
     )
 
 
-def _scroll(table: str) -> str:
+def scroll(table: str) -> str:
+    """A table that scrolls by itself where the page is narrow."""
     return f'<div class="scroll" tabindex="0">{table}</div>'

@@ -108,25 +108,28 @@ def finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Folders of runs of kind ssl2rl: those named, and those one or two levels below, each once.
+def find_runs(
+    paths: Sequence[str | os.PathLike[str]],
+    kinds: Sequence[str] = ("ssl2rl",),
+    purpose: str = "a report is made from runs of kind ssl2rl",
+) -> list[Path]:
+    """Folders of runs of these kinds: those named, and those one or two levels below, each once.
 
     Raises:
-        ReportError: a folder holds none; it is named.
+        ReportError: a folder holds none, or is a run of another kind; it is named, with the
+            ``purpose``.
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         folder = path.resolve()
         if not folder.is_dir():
             raise ReportError(f"{path} is not a folder: give run directories, or folders of them")
-        if (kind := _kind(folder)) not in (None, "ssl2rl"):
-            raise ReportError(
-                f"{path} is a run of kind {kind}: a report is made from runs of kind ssl2rl"
-            )
-        below = [folder] if kind else list(_below(folder, 2))
+        if (kind := _kind(folder)) is not None and kind not in kinds:
+            raise ReportError(f"{path} is a run of kind {kind}: {purpose}")
+        below = [folder] if kind else list(_below(folder, 2, kinds))
         if not below:
             raise ReportError(
-                f"no run of kind ssl2rl in {path} (searched two levels deep): "
+                f"no run of kind {' or '.join(kinds)} in {path} (searched two levels deep): "
                 "give what `ssl2rl run` or `ssl2rl sweep` wrote"
             )
         found |= dict.fromkeys(below)
@@ -144,12 +147,12 @@ def _kind(folder: Path) -> str | None:
     return str(manifest.get("kind"))
 
 
-def _below(folder: Path, depth: int) -> Iterator[Path]:
+def _below(folder: Path, depth: int, kinds: Sequence[str]) -> Iterator[Path]:
     for child in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if (kind := _kind(child)) == "ssl2rl":
+        if (kind := _kind(child)) in kinds:
             yield child
         elif kind is None and depth > 1:  # within a run of another kind there is none
-            yield from _below(child, depth - 1)
+            yield from _below(child, depth - 1, kinds)
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Played], list[dict[str, Any]], list[str]]:
