@@ -18,7 +18,14 @@ from envs.cryoem.synthetic import PRESETS
 from envs.cryoem.types import ActionLevel, FeatureSet, NavigationConfig, Preset
 from envs.crystfel.types import TuningConfig
 from ssl2rl_ray import schema
-from ssl2rl_ray.recipes import DQNConfig, NavigationAlgorithm, PPOConfig, TuningAlgorithm
+from ssl2rl_ray.recipes import (
+    DQNConfig,
+    NavigationAlgorithm,
+    PPOConfig,
+    RainbowConfig,
+    TuningAlgorithm,
+    ValueAlgorithm,
+)
 from ssl2rl_ray.schema import (
     ConfigError,
     NonNegative,
@@ -687,6 +694,18 @@ def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
             )
     if algorithm.margin > 0 and (rules.feature_set != "rates" or algorithm.is_residual is False):
         yield "algorithm.margin: needs the planner: feature_set rates, and is_residual not false"
+    yield from _value_problems(
+        algorithm,
+        num_streams=max(1, training.num_env_runners) * training.num_envs_per_runner,
+        rollout_length=training.rollout_length,
+        num_env_steps=training.num_env_steps,
+    )
+
+
+def _value_problems(
+    algorithm: ValueAlgorithm, *, num_streams: int, rollout_length: int, num_env_steps: int
+) -> Iterator[str]:
+    """Of learning from replay, whatever the task."""
     if algorithm.final_learning_rate > algorithm.learning_rate:
         yield "algorithm.final_learning_rate: is above algorithm.learning_rate, from which it falls"
     if algorithm.epsilon_final > algorithm.epsilon_initial:
@@ -694,19 +713,49 @@ def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
     if algorithm.buffer_capacity < algorithm.batch_size:
         yield "algorithm.buffer_capacity: is below algorithm.batch_size"
     if not algorithm.is_prioritized:
-        defaults = DQNConfig()
-        for name in ("priority_exponent", "importance_exponent"):
-            if getattr(algorithm, name) != getattr(defaults, name):
-                yield f"algorithm.{name}: is ignored by uniform replay; set is_prioritized too"
-    num_streams = max(1, training.num_env_runners) * training.num_envs_per_runner
-    num_rows = max(2 * (algorithm.n_step + 1), training.rollout_length)
+        yield from _ignored(
+            algorithm,
+            ("priority_exponent", "importance_exponent"),
+            "by uniform replay; set is_prioritized too",
+        )
+    if isinstance(algorithm, RainbowConfig):
+        yield from _rainbow_problems(algorithm)
+    num_rows = max(2 * (algorithm.n_step + 1), rollout_length)
     if algorithm.buffer_capacity < num_rows * num_streams:
         yield (
             f"algorithm.buffer_capacity: {num_streams} episodes side by side need at least "
             f"{num_rows * num_streams}"
         )
-    if algorithm.learning_starts >= training.num_env_steps:
+    if algorithm.learning_starts >= num_env_steps:
         yield "algorithm.learning_starts: is not below training.num_env_steps; it would never learn"
+
+
+def _rainbow_problems(algorithm: RainbowConfig) -> Iterator[str]:
+    if not algorithm.is_noisy:
+        yield from _ignored(algorithm, ("initial_noise",), "without noise; set is_noisy too")
+        if algorithm.epsilon_initial == 0:
+            yield "algorithm.epsilon_initial: is 0, and without is_noisy nothing explores: try 0.2"
+    if algorithm.epsilon_initial == algorithm.epsilon_final:
+        yield from _ignored(algorithm, ("epsilon_steps",), "by an epsilon that does not fall")
+    if not algorithm.is_distributional:
+        yield from _ignored(
+            algorithm,
+            ("num_atoms", "v_min", "v_max"),
+            "by values that are numbers; set is_distributional too",
+        )
+    elif algorithm.num_atoms < 2:
+        yield "algorithm.num_atoms: a distribution needs 2 or more; none is is_distributional false"
+    low, high = algorithm.v_min, algorithm.v_max
+    if low is not None and high is not None and low >= high:
+        yield f"algorithm.v_min: expected below v_max, found {low:g} and {high:g}"
+
+
+def _ignored(algorithm: Any, names: Sequence[str], why: str) -> Iterator[str]:
+    """Settings that were changed although nothing reads them."""
+    defaults = type(algorithm)()
+    for name in names:
+        if getattr(algorithm, name) != getattr(defaults, name):
+            yield f"algorithm.{name}: is ignored {why}"
 
 
 def _crystfel_problems(config: CrystFELRunConfig) -> Iterator[str]:

@@ -19,10 +19,10 @@ from ssl2rl_ray.schema import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DQNConfig:
-    """Masked per-hole DQN (Mnih et al. 2015; double: van Hasselt et al. 2016)."""
+class _ValueLearning:
+    """What is common to learning action values from replay; each algorithm below is one of it."""
 
-    name: Literal["dqn"] = "dqn"
+    name: str = ""
     learning_rate: Positive = 1e-3
     """Adam's, falling linearly to ``final_learning_rate`` over the run."""
     final_learning_rate: NonNegative = 1e-5
@@ -81,6 +81,46 @@ class DQNConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DQNConfig(_ValueLearning):
+    """Masked per-hole DQN (Mnih et al. 2015; double: van Hasselt et al. 2016)."""
+
+    name: Literal["dqn"] = "dqn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RainbowConfig(_ValueLearning):
+    """Masked Rainbow (Hessel et al. 2018, arXiv:1710.02298): six parts, each may be left out.
+
+    They are ``double_q``, ``dueling``, ``is_prioritized``, ``n_step`` (1 = off),
+    ``is_distributional`` and ``is_noisy``.
+    """
+
+    name: Literal["rainbow"] = "rainbow"
+    is_distributional: bool = True
+    """Learn the distribution of the return on ``num_atoms`` values (C51: Bellemare et al. 2017)."""
+    num_atoms: PositiveInt = 51
+    v_min: float | None = None
+    """Lowest return on the support, times ``reward_scale``. None: from the task.
+
+    Navigation: what the budget can pay at best is the highest, and 0 the lowest; with ``is_shaped``
+    the lowest is minus the highest, as far as a session can fall behind its bound.
+    """
+    v_max: float | None = None
+    """Highest return on the support, times ``reward_scale``. None: from the task."""
+    is_noisy: bool = True
+    """Explore by noise in the weights, whose size is learned (Fortunato et al. 2018)."""
+    initial_noise: Positive = 0.5
+    """sigma_0: size of the noise at the start, over the square root of a layer's inputs."""
+    is_prioritized: bool = True
+    """Prioritised replay (Schaul et al. 2016); where distributional, by the KL divergence."""
+    priority_exponent: Share = 0.5
+    """omega (Hessel et al. 2018, table 1)."""
+    epsilon_initial: Share = 0.0
+    """Of epsilon-greedy exploration, beside the noise; without ``is_noisy`` it must be above 0."""
+    epsilon_final: Share = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class PPOConfig:
     """Proximal policy optimisation, RLlib's (Schulman et al. 2017, arXiv:1707.06347)."""
 
@@ -105,7 +145,9 @@ class PPOConfig:
     """Of the policy and of the value network, tanh."""
 
 
-NavigationAlgorithm = DQNConfig
+ValueAlgorithm = DQNConfig | RainbowConfig
+"""Those that learn action values from replay."""
+NavigationAlgorithm = DQNConfig | RainbowConfig
 """What ``algorithm`` may be in runs of kind navigation and ssl2rl, the default first."""
 TuningAlgorithm = PPOConfig
 """What ``algorithm`` may be in runs of kind crystfel, the default first."""

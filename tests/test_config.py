@@ -139,7 +139,7 @@ def test_navigation_config_is_the_preset_with_changes() -> None:
             ["env.tunables: 'snr' cannot be tuned; there are min"],
         ),
         ("kind: [1]", ["kind: expected navigation, perception, ssl2rl, crystfel, found a list"]),
-        ("algorithm: {name: ppo}", ["algorithm.name: expected one of dqn, found text 'ppo'"]),
+        ("algorithm: {name: ppo}", ["algorithm.name: expected one of dqn, rainbow, found text 'ppo'"]),
         (
             "seed: x\nenv: {budget: 1}\nzzzzzz: 1",
             ["seed: expected a whole number", "env.budget: unknown", "zzzzzz: unknown key; it has"],
