@@ -146,7 +146,7 @@ class HoleNetwork(nn.Module):
         session, table = expanded.session, self.expander.table
         is_allowed = table("is_hole", session) & ~expanded.visited
         if self.is_patch:
-            best, has_hole = self._best_hole(session, is_allowed)
+            best, has_hole = self.best_hole(session, is_allowed)
             p = table("own_p", session).gather(1, best)
             q = self.tail(per_patch.addcmul_(p[..., None], own))
             return q.masked_fill(~has_hole, -torch.inf)
@@ -181,7 +181,7 @@ class HoleNetwork(nn.Module):
         hole = action
         if self.is_patch:
             is_left = table("is_hole", session) & ~expanded.visited
-            hole = self._best_hole(session, is_left)[0].gather(1, action[:, None])[:, 0]
+            hole = self.best_hole(session, is_left)[0].gather(1, action[:, None])[:, 0]
         at = torch.arange(len(action), device=action.device)
         per_patch, own = self.first_layer(expanded.group[at, table("patch", session)[at, hole]])
         return self.tail(per_patch + table("own_p", session)[at, hole][:, None] * own)
@@ -200,7 +200,7 @@ class HoleNetwork(nn.Module):
             hidden = hidden.relu_() if isinstance(layer, nn.ReLU) else layer(hidden)
         return hidden.squeeze(-1)
 
-    def _best_hole(self, session: Tensor, is_left: Tensor) -> tuple[Tensor, Tensor]:
+    def best_hole(self, session: Tensor, is_left: Tensor) -> tuple[Tensor, Tensor]:
         """(B, P) the best hole left of each patch by prediction, and where there is one."""
         slot = self.expander.table("slot", session)
         is_open = self.expander.table("is_slot", session) & is_left.gather(
