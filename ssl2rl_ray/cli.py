@@ -318,6 +318,22 @@ def _report(args: argparse.Namespace) -> None:
     _emit(args.json, document, f"{format_report(document)}\n{written}: open it in a browser")
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from ssl2rl_ray.report.compare import compare
+    from ssl2rl_ray.report.compare_page import check_out, format_comparison, write_comparison
+
+    check_out(args.out, force=args.force)
+    document = compare(
+        args.runs,
+        metric=args.metric,
+        threshold=args.threshold,
+        tasks=args.task,
+        has_unfinished=args.unfinished,
+    )
+    written = write_comparison(document, args.out, force=args.force)
+    _emit(args.json, document, f"{format_comparison(document)}\n{written}: open it in a browser")
+
+
 def _plan(args: argparse.Namespace) -> None:
     from ssl2rl_ray.data.commands import read_calibration
     from ssl2rl_ray.data.folder import read_dataset
@@ -675,6 +691,30 @@ def _parser() -> argparse.ArgumentParser:
         "runs", nargs="+", metavar="RUN", help="run of kind ssl2rl, or a folder that holds some"
     )
     sub.add_argument("--out", required=True, metavar="DIR", help="folder for the page and all")
+    sub.add_argument("--force", action="store_true", help="write beside what is there already")
+    with_json(sub)
+
+    sub = command("compare", _compare, "say which of several ways to train is better, over seeds")
+    sub.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run, or a folder that holds some (of a sweep)"
+    )
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder for the page and all")
+    sub.add_argument(
+        "--metric", metavar="NAME", help="column of metrics.jsonl (what validation goes by)"
+    )
+    sub.add_argument(
+        "--threshold", type=float, metavar="X", help="also say when runs first scored X"
+    )
+    sub.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="a.b",
+        help="a setting that tells tasks apart: compare within each of its values; repeatable",
+    )
+    sub.add_argument(
+        "--unfinished", action="store_true", help="take unfinished runs as far as they came"
+    )
     sub.add_argument("--force", action="store_true", help="write beside what is there already")
     with_json(sub)
 

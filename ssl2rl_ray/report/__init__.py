@@ -118,6 +118,7 @@ def write_report(
     Raises:
         ReportError: as ``check_out``.
     """
+    check_out(out, force=force)
     files: dict[str, bytes] = {}
     for name, table in document["tables"].items():
         files[f"{name}.csv"] = to_csv(table["cells"])

@@ -429,7 +429,8 @@ def draw(figure: Mapping[str, Any]) -> bytes:
     labels: dict[str, Any] = {}
     names = {line["label"] for p in panels for line in p["lines"] if not line.get("is_bound")}
     legend_rows = -(-(len(names) + 1) // 3)
-    width, height = max(3.3 * columns, 6.6), 2.6 * rows + 0.24 * legend_rows + 0.3
+    wide, high = figure.get("panel_inches", (3.3, 2.6))
+    width, height = max(wide * columns, 6.6), high * rows + 0.24 * legend_rows + 0.3
     page = Figure(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
     engine: Any = page.get_layout_engine()
     engine.set(w_pad=0.08, h_pad=0.07, wspace=0.03)
@@ -455,6 +456,8 @@ def draw(figure: Mapping[str, Any]) -> bytes:
 
 
 def _draw_panel(axes: Any, panel: Mapping[str, Any], labels: dict[str, Any]) -> None:
+    from matplotlib.ticker import EngFormatter
+
     lines = panel["lines"]
     xs = sorted({x for line in lines for x in line["x"]})
     gap = min((b - a for a, b in itertools.pairwise(xs)), default=1.0)
@@ -487,12 +490,12 @@ def _draw_panel(axes: Any, panel: Mapping[str, Any], labels: dict[str, Any]) -> 
         if line.get("is_level"):
             drawn = axes.axhline(mean[0], **look)
         else:
-            if is_held := bool(line.get("is_held")):  # until the next point
-                look |= {"drawstyle": "steps-post", "markevery": max(1, len(x) // 12)}
+            if is_held := bool(line.get("is_held")):  # until the next point; dashes fray steps
+                look |= {"drawstyle": "steps-post", "ls": "-", "markevery": -(-len(x) // 8)}
             (drawn,) = axes.plot(x, mean, **look)
             if line["spread"] == "band":
-                step = "post" if is_held else None
-                axes.fill_between(x, low, high, step=step, color=colour, alpha=0.1, lw=0)
+                how: dict[str, Any] = {"step": "post", "alpha": 0.2} if is_held else {"alpha": 0.1}
+                axes.fill_between(x, low, high, color=colour, lw=0, **how)
         if "kept_share" in line:
             axes.scatter(
                 line["x"], line["mean"], s=[220 * share for share in line["kept_share"]],
@@ -508,6 +511,8 @@ def _draw_panel(axes: Any, panel: Mapping[str, Any], labels: dict[str, Any]) -> 
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     elif panel["x_label"] == "round":
         axes.xaxis.get_major_locator().set_params(integer=True)
+    if panel["x_label"] == "env steps":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if "y_range" in panel:
         axes.set_ylim(*panel["y_range"])
     axes.spines[["top", "right"]].set_visible(False)
