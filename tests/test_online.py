@@ -1045,7 +1045,8 @@ def test_a_process_that_is_asked_to_end_does_and_goes_on_later(data, tmp_path, n
     said, _ = process.communicate()
     assert process.returncode == 0, said
     assert "frames processed" in said and "to paste" in said
-    first = [json.loads(line) for line in (tmp_path / "o" / "audit.jsonl").open()]
+    text = (tmp_path / "o" / "audit.jsonl").read_text()
+    first = [json.loads(line) for line in text.splitlines()]
     assert first[-1]["what"] == "ended"
     last = started(*words, "--max-frames", "24")
     said, _ = last.communicate()
@@ -1068,6 +1069,7 @@ def test_with_ray_a_driver_that_ends_leaves_no_process_and_goes_on(data, tmp_pat
     words.remove("--no-ray")
     process = started(*words)
     wait_for_lines(process, tmp_path / "o", 6)
+    assert process.poll() is None, process.communicate()[0]
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number)
     said, _ = process.communicate()
