@@ -69,7 +69,7 @@ def arithmetic(network: HoleNetwork, num_rollouts: int) -> Callable[[], None]:
     @torch.inference_mode()
     def run_per_patch() -> None:
         per_patch, own = network.first_layer(group)
-        network.tail(per_patch + torch.ones(num_rollouts, num_patches, 1) * own)
+        network.values_of(per_patch + torch.ones(num_rollouts, num_patches, 1) * own)
 
     return run_per_patch if network.is_patch else run
 

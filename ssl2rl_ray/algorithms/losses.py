@@ -54,3 +54,79 @@ def weighted_huber(error: Tensor, weight: Tensor, delta: float = 1.0) -> Tensor:
     _check("weight", weight, 1, error.dtype)
     loss = huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta)
     return (weight * loss).mean()
+
+
+# ---- distributions on a support of Z equally spaced values --------------------------------------
+
+
+def make_support(v_min: float, v_max: float, num_atoms: int) -> Tensor:
+    """(Z,) float32, ``v_min`` to ``v_max``; raises ValueError where that is no range."""
+    if num_atoms < 2 or not -float("inf") < v_min < v_max < float("inf"):
+        raise ValueError(
+            f"expected v_min < v_max and 2 or more atoms, found {num_atoms} from {v_min} to {v_max}"
+        )
+    return torch.linspace(v_min, v_max, num_atoms)
+
+
+def project(z_t: Tensor, p_t: Tensor, support: Tensor) -> Tensor:
+    """(B, Z) probabilities on ``support`` (Z,) of values ``z_t`` with probabilities ``p_t`` (B, Z).
+
+    Each value's probability is shared by the two atoms beside it, so that the mean stays; values
+    beyond the support count as its ends (Bellemare et al. 2017, arXiv:1707.06887, eq. 7).
+    """
+    _check("z_t", z_t, 2, torch.float32, torch.float64)
+    _check("p_t", p_t, 2, z_t.dtype)
+    _check("support", support, 1, z_t.dtype)
+    last = len(support) - 1
+    position = (z_t - support[0]) * (last / (support[-1] - support[0]))
+    # Rounding may lead past the last atom, so there is no ceiling: each atom but the last has a
+    # right neighbour, and the last one is reached as all of the way to it.
+    position = position.clamp(0, last)
+    left = position.floor().clamp(max=last - 1)
+    share = position - left
+    index = left.long()
+    result = torch.zeros_like(p_t)
+    result.scatter_add_(1, index, p_t * (1 - share))
+    return result.scatter_add_(1, index + 1, p_t * share)
+
+
+def categorical_target(
+    r_t: Tensor,
+    discount_t: Tensor,
+    offset_t: Tensor,
+    logits_t: Tensor,
+    offset_tm1: Tensor,
+    support: Tensor,
+) -> Tensor:
+    """(B, Z) how r_t + discount_t (support + offset_t) lies on support + offset_tm1; no gradient.
+
+    ``logits_t`` (B, Z) are of the state reached. An offset (B,) moves the support of a state as a
+    whole: what is known of it beforehand.
+    """
+    _check("logits_t", logits_t, 2, torch.float32, torch.float64)
+    for name, value in (
+        ("r_t", r_t),
+        ("discount_t", discount_t),
+        ("offset_t", offset_t),
+        ("offset_tm1", offset_tm1),
+    ):
+        _check(name, value, 1, logits_t.dtype)
+    with torch.no_grad():
+        z_t = discount_t[:, None] * (support + offset_t[:, None])
+        return project((r_t - offset_tm1)[:, None] + z_t, logits_t.softmax(1), support)
+
+
+def cross_entropy(logits_tm1: Tensor, p_target: Tensor) -> Tensor:
+    """(B,) -sum p log softmax(logits), both (B, Z) (Bellemare et al. 2017, algorithm 1)."""
+    _check("logits_tm1", logits_tm1, 2, torch.float32, torch.float64)
+    _check("p_target", p_target, 2, logits_tm1.dtype)
+    return -(p_target * logits_tm1.log_softmax(1)).sum(1)
+
+
+def kl_divergence(logits_tm1: Tensor, p_target: Tensor) -> Tensor:
+    """(B,) cross entropy minus the entropy of the target: 0 where nothing is left to learn.
+
+    The priority of a distributional error (Hessel et al. 2018, arXiv:1710.02298, sec. 4).
+    """
+    entropy = -torch.special.xlogy(p_target, p_target).sum(1)
+    return (cross_entropy(logits_tm1, p_target) - entropy).clamp(min=0)
