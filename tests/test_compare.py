@@ -478,3 +478,23 @@ def test_neither_torch_nor_ray_is_loaded(two_groups, tmp_path):
         [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_page_without_overflow(two_tasks, tmp_path):
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next((path for name in names if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser here ({', '.join(names)}): the page is not looked at")
+    page = write_comparison(compare([two_tasks], tasks=["env.budget_min"]), tmp_path / "out")
+    probe = "<script>document.title = [document.documentElement.scrollWidth, innerWidth]</script>"
+    page.write_text(page.read_text().replace("</body>", probe + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
+    for width in (1200, 500):
+        done = subprocess.run(
+            [browser, *flags, f"--window-size={width},900", "--dump-dom", page.as_uri()],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        found = re.search(r"<title>(\d+),(\d+)</title>", done.stdout)
+        assert found, done.stdout[:500]
+        assert int(found[1]) <= int(found[2]) <= width
