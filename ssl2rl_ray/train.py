@@ -24,16 +24,18 @@ import torch
 from envs.cryoem.calibration import Calibration, fit_calibration
 from envs.cryoem.env import CryoEMVectorEnv
 from envs.cryoem.rates import bound_of
+from envs.cryoem.rewards import highest_return
 from envs.cryoem.stack import SessionStack
 from envs.cryoem.synthetic import PRESETS, draw_session, redraw_labels, synthetic_calibration
 from envs.cryoem.types import FloatArray, HoleTable, NavigationConfig
 from ssl2rl_ray.algorithms.module import linear_epsilon
-from ssl2rl_ray.algorithms.networks import QNetwork, choose, make_network
+from ssl2rl_ray.algorithms.networks import QNetwork, Support, choose, make_network, support_of
 from ssl2rl_ray.algorithms.policy import Artefact
 from ssl2rl_ray.config import NavigationRunConfig, check, navigation_config
 from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.data.splits import label_marks
 from ssl2rl_ray.local_ray import local_ray
+from ssl2rl_ray.recipes import RainbowConfig
 from ssl2rl_ray.runs import RunDirectory, on_interrupt
 from ssl2rl_ray.schema import to_dict, to_yaml
 from ssl2rl_ray.tensorboard import TensorBoard
@@ -221,8 +223,10 @@ def training_env(config: NavigationRunConfig, *, num_envs: int, seed: int) -> Cr
     )
 
 
-def network_for(config: NavigationRunConfig, stack: SessionStack | None) -> QNetwork:
-    """The network that the config asks for, on a stack of sessions."""
+def network_for(
+    config: NavigationRunConfig, stack: SessionStack | None, initial_noise: float | None = None
+) -> QNetwork:
+    """The network that the config asks for, on a stack of sessions; without noise it is judged."""
     algorithm = config.algorithm
     return make_network(
         navigation_config(config.env),
@@ -232,12 +236,32 @@ def network_for(config: NavigationRunConfig, stack: SessionStack | None) -> QNet
         is_residual=is_residual(config),
         prior_scale=algorithm.reward_scale,
         margin=algorithm.margin * algorithm.reward_scale,
+        support=support_for(config),
+        initial_noise=initial_noise,
     )
 
 
 def training_network(config: NavigationRunConfig) -> QNetwork:
-    """The network on the training sessions."""
-    return network_for(config, session_pool(config))
+    """The network on the training sessions, with noise where the algorithm explores by it."""
+    algorithm, noise = config.algorithm, None
+    if isinstance(algorithm, RainbowConfig) and algorithm.is_noisy:
+        noise = algorithm.initial_noise
+    return network_for(config, session_pool(config), noise)
+
+
+def support_for(config: NavigationRunConfig) -> Support | None:
+    """Where returns can lie, for algorithms that learn their distribution.
+
+    From 0 to what the largest budget can pay at best. Of a shaped reward the return is what a
+    session brings beyond its bound: a wasted minute loses no more than the best minute pays, and
+    luck is given as much room upwards.
+    """
+    algorithm, rules = config.algorithm, navigation_config(config.env)
+    if not isinstance(algorithm, RainbowConfig):
+        return None
+    budget_min = max(config.sessions.budget_range_min or (rules.budget_min,))
+    highest = highest_return(rules, budget_min, algorithm.discount_per_min)
+    return support_of(algorithm, -highest if is_shaped(config) else 0.0, highest)
 
 
 def is_residual(config: NavigationRunConfig) -> bool:
@@ -437,6 +461,7 @@ def _artefact(config: NavigationRunConfig, weights: dict[str, torch.Tensor]) -> 
         is_dueling=config.algorithm.dueling,
         is_residual=is_residual(config),
         margin=config.algorithm.margin * config.algorithm.reward_scale,
+        support=support_for(config),
         table_hashes=tuple(table.content_hash for table in sessions.train),
         labels_seen=sessions.labels_seen,
         name=config.algorithm.name,

@@ -72,6 +72,22 @@ def visit_value(table: HoleTable, config: NavigationConfig) -> FloatArray:
     return np.where(table.is_labelled, decay, table.p_low_ctf)
 
 
+def highest_return(config: NavigationConfig, budget_min: float, discount_per_min: float) -> float:
+    """A bound of the discounted return of any session: every minute pays as the best move does.
+
+    A reward counts at the minute in which its move begins; the last move may go past the budget.
+    """
+    minutes, reward = np.asarray(config.minutes), np.asarray(config.reward)
+
+    def discounted(duration: FloatArray) -> FloatArray:
+        if discount_per_min == 1:
+            return duration
+        return np.asarray((1 - discount_per_min**duration) / -np.log(discount_per_min))
+
+    best_rate = (reward / discounted(minutes)).max()
+    return float(best_rate * discounted(np.asarray(budget_min + minutes.max())))
+
+
 def next_streak(streak: IntArray, switch: IntArray, outcome: FloatArray) -> IntArray:
     """High-CTF holes in a row within the patch, after a visit; a new patch starts afresh.
 

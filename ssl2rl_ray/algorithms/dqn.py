@@ -50,13 +50,15 @@ from ssl2rl_ray.algorithms.module import Q_TM1, V_T, NavigationModule
 from ssl2rl_ray.algorithms.replay import Replay
 from ssl2rl_ray.algorithms.runner import Columnar, ColumnarEnvRunner
 from ssl2rl_ray.config import TrainingConfig
-from ssl2rl_ray.recipes import DQNConfig
+from ssl2rl_ray.recipes import DQNConfig, ValueAlgorithm
 
 MakeEnv = Callable[..., VectorEnv]
 """``make_env(num_envs=..., seed=...)``; it travels to the runners, so it must be picklable."""
 MakeNetwork = Callable[[], nn.Module]
 Potential = Callable[[dict[str, np.ndarray]], np.ndarray]
 """(E,) of an observation of E episodes: what shapes the reward (runner.py)."""
+Parts = tuple[type["DQN"], type["DQNLearner"], type[NavigationModule]]
+"""What runs, what learns, what acts."""
 
 
 class NavigationDQNConfig(rllib_dqn.DQNConfig):
@@ -65,8 +67,41 @@ class NavigationDQNConfig(rllib_dqn.DQNConfig):
     def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
         """``recipe`` and ``num_env_steps`` (of the whole run) are set by ``build``."""
         super().__init__(algo_class=algo_class or DQN)
-        self.recipe = DQNConfig()
+        self.recipe: ValueAlgorithm = DQNConfig()
         self.num_env_steps = TrainingConfig().num_env_steps
+
+    def validate(self) -> None:
+        """Raises ValueError for settings of RLlib's that nothing here would read."""
+        super().validate()
+        default = rllib_dqn.DQNConfig()
+        for name, instead in _UNREAD.items():
+            if getattr(self, name) != getattr(default, name):
+                raise ValueError(f"{name}: is ignored by {self.algo_class.__name__}; {instead}")
+
+
+_UNREAD = {
+    "noisy": "use algorithm rainbow with is_noisy",
+    "sigma0": "use initial_noise of algorithm rainbow",
+    "num_atoms": "use is_distributional and num_atoms of algorithm rainbow",
+    "v_min": "use v_min of algorithm rainbow",
+    "v_max": "use v_max of algorithm rainbow",
+    "dueling": "use dueling of the recipe",
+    "double_q": "use double_q of the recipe",
+    "epsilon": "use epsilon_initial, epsilon_final and epsilon_steps of the recipe",
+    "hiddens": "use hidden_sizes of the recipe",
+    "target_network_update_freq": "use target_update_interval of the recipe",
+    "tau": "use target_update_rate of the recipe",
+    "replay_buffer_config": "use buffer_capacity and is_prioritized of the recipe",
+    "store_buffer_in_checkpoints": "use training.is_buffer_saved",
+    "num_steps_sampled_before_learning_starts": "use learning_starts of the recipe",
+    "training_intensity": "use updates_per_env_step of the recipe",
+    "td_error_loss_fn": "the loss is Huber's, or the cross entropy of distributions",
+    "adam_epsilon": "RLlib's own Adam has no such setting either; change learning_rate",
+    "categorical_distribution_temperature": "use epsilon_initial of the recipe",
+    "before_learn_on_batch": "change the batch in DQN._update",
+    "burn_in_len": "the networks have no memory",
+}
+"""RLlib's settings that have no effect here, and what has."""
 
 
 class DQNLearner(TorchLearner):
@@ -356,23 +391,26 @@ def weights_hash(weights: dict[str, torch.Tensor]) -> str:
 
 
 def build(
-    config: DQNConfig,
+    config: ValueAlgorithm,
     training: TrainingConfig,
     *,
     make_env: MakeEnv,
     make_network: MakeNetwork,
     seed: int,
     potential: Potential | None = None,
+    parts: Parts | None = None,
 ) -> DQN:
     """The algorithm, ready to ``train()``; one call of it is one fragment of every runner.
 
+    ``parts`` are those of an algorithm that shares this loop (rainbow.py).
     ``ssl2rl_ray.config.check`` says which settings go together.
     """
+    algorithm_class, learner_class, module_class = parts or (DQN, DQNLearner, NavigationModule)
     learning_rate = [[0, config.learning_rate]]
     if config.final_learning_rate != config.learning_rate:
         learning_rate.append([training.num_env_steps, config.final_learning_rate])
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)  # it greets with a paragraph
-    rllib = NavigationDQNConfig()
+    rllib = NavigationDQNConfig(algorithm_class)
     rllib.api_stack(enable_rl_module_and_learner=True, enable_env_runner_and_connector_v2=True)
     rllib.recipe = config
     rllib.num_env_steps = training.num_env_steps
@@ -393,10 +431,10 @@ def build(
         grad_clip_by="global_norm",
         n_step=1,  # ours is in the replay; RLlib's must not exceed the fragment
     )
-    rllib.learners(num_learners=0, learner_class=DQNLearner)
+    rllib.learners(num_learners=0, learner_class=learner_class)
     rllib.rl_module(
         rl_module_spec=RLModuleSpec(
-            module_class=NavigationModule,
+            module_class=module_class,
             model_config={
                 "make_network": make_network,
                 "is_double": config.double_q,

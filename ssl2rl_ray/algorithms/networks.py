@@ -27,6 +27,7 @@ from envs.cryoem.types import FloatArray, IntArray, NavigationConfig
 from ssl2rl_ray.algorithms.expander import Expanded, Expander
 from ssl2rl_ray.algorithms.losses import make_support
 from ssl2rl_ray.algorithms.noisy import make_linear
+from ssl2rl_ray.recipes import RainbowConfig
 
 Support = tuple[float, float, int]
 """Lowest and highest return, and the number of atoms from one to the other."""
@@ -100,8 +101,7 @@ class CandidateNetwork(nn.Module):
             raise ValueError("hidden_sizes: at least one hidden layer is needed")
         self.prior_column, self.margin = prior_column, margin
         num_outputs, num_hidden = _register_support(self, support), hidden_sizes[-1]
-        sizes = (num_features, *hidden_sizes[:-1])
-        self.body = nn.Sequential(*mlp(sizes, num_hidden, initial_noise), nn.ReLU())
+        self.body = nn.Sequential(*mlp((num_features, *hidden_sizes), 1, initial_noise)[:-1])
         # Centring cancels a constant: under dueling the advantage needs no bias.
         self.advantage = make_linear(num_hidden, num_outputs, initial_noise, bias=not is_dueling)
         self.value = (
@@ -328,8 +328,7 @@ class VectorNetwork(nn.Module):
         if not hidden_sizes:
             raise ValueError("hidden_sizes: at least one hidden layer is needed")
         num_outputs, num_hidden = _register_support(self, support), hidden_sizes[-1]
-        sizes = (num_features, *hidden_sizes[:-1])
-        self.body = nn.Sequential(*mlp(sizes, num_hidden, initial_noise), nn.ReLU())
+        self.body = nn.Sequential(*mlp((num_features, *hidden_sizes), 1, initial_noise)[:-1])
         self.advantage = make_linear(num_hidden, num_actions * num_outputs, initial_noise)
         self.value = make_linear(num_hidden, num_outputs, initial_noise) if is_dueling else None
         self.num_outputs = num_outputs
@@ -370,6 +369,23 @@ class VectorNetwork(nn.Module):
 
 
 QNetwork = CandidateNetwork | HoleNetwork
+
+
+def support_of(config: RainbowConfig, lowest: float, highest: float) -> Support | None:
+    """The support of a recipe: as asked, else the task's returns, times ``reward_scale``.
+
+    None where values are no distributions. Raises ValueError where that is no range.
+    """
+    if not config.is_distributional:
+        return None
+    low = lowest * config.reward_scale if config.v_min is None else config.v_min
+    high = highest * config.reward_scale if config.v_max is None else config.v_max
+    if not low < high:
+        raise ValueError(
+            f"algorithm.v_min, algorithm.v_max: {low:g} to {high:g} is no range; where one is null "
+            "it comes from the task: set both"
+        )
+    return low, high, config.num_atoms
 
 
 def choose(network: Any, observation: Mapping[str, np.ndarray]) -> IntArray:

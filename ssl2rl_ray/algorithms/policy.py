@@ -20,7 +20,7 @@ from torch import Tensor
 from envs.cryoem.calibration import Calibration
 from envs.cryoem.stack import Observation, SessionStack, unpack_visited
 from envs.cryoem.types import FeatureSet, FloatArray, IntArray, NavigationConfig
-from ssl2rl_ray.algorithms.networks import HoleNetwork, choose_and_value, make_network
+from ssl2rl_ray.algorithms.networks import HoleNetwork, Support, choose_and_value, make_network
 
 FORMAT = "ssl2rl-policy"
 FORMAT_VERSION = 1
@@ -52,6 +52,8 @@ class Artefact:
     is_residual: bool
     margin: float = 0.0
     """Of action values (networks.py)."""
+    support: Support | None = None
+    """Of the distributions whose means are the action values, where they are (rainbow.py)."""
     table_hashes: tuple[str, ...] = ()
     """Sessions that it was trained on, as far as they were real."""
     labels_seen: frozenset[str] = frozenset()
@@ -73,6 +75,7 @@ class Artefact:
             "is_dueling": self.is_dueling,
             "is_residual": self.is_residual,
             "margin": self.margin,
+            "support": self.support,
             "columns": _columns(self.rules.feature_set),
             "table_hashes": list(self.table_hashes),
             "labels_seen": sorted(self.labels_seen),
@@ -115,6 +118,7 @@ class Artefact:
                 is_dueling=description["is_dueling"],
                 is_residual=description["is_residual"],
                 margin=description.get("margin", 0.0),
+                support=None if (atoms := description.get("support")) is None else tuple(atoms),
                 table_hashes=tuple(description["table_hashes"]),
                 labels_seen=frozenset(description.get("labels_seen", ())),
                 name=description["name"],
@@ -139,6 +143,7 @@ class Artefact:
             is_dueling=self.is_dueling,
             is_residual=self.is_residual,
             margin=self.margin,
+            support=self.support,
         )
         try:
             network.load_state_dict(self.weights)
