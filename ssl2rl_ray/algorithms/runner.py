@@ -8,17 +8,22 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import tree
+from gymnasium import spaces
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.utils.metrics import SAMPLE_TIMER
 
 Columnar = dict[str, Any]
-"""What ``Replay.push`` takes: ``observation`` (dict of (K, E, ...)), ``action``, ``reward``,
-``minutes``, ``is_terminated``, ``is_truncated``, ``is_move`` (K, E), ``is_continued`` (E,)."""
+"""A fragment: ``observation`` (K, E, ...), a dict of arrays or one, ``action``, ``reward``,
+``minutes``, ``is_terminated``, ``is_truncated``, ``is_move`` (K, E); ``is_continued`` (E,);
+``last_observation`` (E, ...), which the last row reached; and ``action_logp``,
+``action_dist_inputs`` (K, E, ...) of modules that give them."""
 
 
 class ColumnarEnvRunner(SingleAgentEnvRunner):
@@ -29,10 +34,12 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
     the cost of a step (``benchmarks/rllib_overhead.py``), and what it returns must go through
     connectors again before it can be learned from. ``env_config["make_env"]`` makes the
     vector env from ``num_envs`` and ``seed``; it must reset in the next step (gymnasium's
-    ``AutoresetMode.NEXT_STEP``) and its observation must have ``elapsed_min``.
-    ``env_config["potential"]``, if there, gives (E,) of an observation; the ``reward`` that is
-    learned from is then r + potential(reached) - potential(here), the potential of an end being 0
-    (Ng et al. 1999, theorem 1, undiscounted). Returns are logged without it.
+    ``AutoresetMode.NEXT_STEP``). ``minutes`` of a step come from the observation's ``elapsed_min``;
+    without it each step takes 1. Continuous actions are cut off at the bounds of their space when
+    they are played, and recorded as they were drawn. ``env_config["potential"]``, if there, gives
+    (E,) of an observation; the ``reward`` that is learned from is then r + potential(reached) -
+    potential(here), the potential of an end being 0 (Ng et al. 1999, theorem 1, undiscounted).
+    Returns are logged without it.
     """
 
     def make_env(self) -> None:
@@ -42,7 +49,7 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
         make = self.config.env_config["make_env"]
         self.num_envs = self.config.num_envs_per_env_runner
         self.env = make(num_envs=self.num_envs, seed=self._seed)
-        self._observation: dict[str, np.ndarray] | None = None
+        self._observation: Any = None
         self._needs_initial_reset = True
 
     def make_module(self) -> None:
@@ -98,13 +105,11 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
             self._started_s = np.full(self.num_envs, time.perf_counter())
         shape = (num_rows, self.num_envs)
         columns: Columnar = {
-            "observation": {
-                key: np.empty((*shape, *value.shape[1:]), value.dtype)
-                for key, value in self._observation.items()
-            },
-            "action": np.empty(shape, np.int32),
+            "observation": tree.map_structure(
+                lambda value: np.empty((*shape, *value.shape[1:]), value.dtype), self._observation
+            ),
             "reward": np.empty(shape, np.float32),
-            "minutes": np.empty(shape, np.float32),
+            "minutes": np.ones(shape, np.float32),
             "is_terminated": np.empty(shape, np.bool_),
             "is_truncated": np.empty(shape, np.bool_),
             "is_move": np.empty(shape, np.bool_),
@@ -114,27 +119,37 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
         }
         forward = self.module.forward_exploration if explore else self.module.forward_inference
         potential = self.config.env_config.get("potential")
+        space = self.env.single_action_space
+        has_clock = isinstance(self._observation, dict) and "elapsed_min" in self._observation
         num_runners = self.config.num_env_runners or 1
         num_steps = num_ended = 0
         for row in range(num_rows):
             observation = self._observation
-            for key, value in observation.items():
-                columns["observation"][key][row] = value
+            tree.map_structure(partial(_put, row), columns["observation"], observation)
             batch = {
-                Columns.OBS: {
-                    k: torch.as_tensor(v, device=self._device) for k, v in observation.items()
-                }
+                Columns.OBS: tree.map_structure(
+                    lambda value: torch.as_tensor(value, device=self._device), observation
+                )
             }
             t = self.num_env_steps_sampled_lifetime + num_steps * num_runners
-            action = forward(batch, t=t)[Columns.ACTIONS].cpu().numpy()
+            given = {k: v.cpu().numpy() for k, v in forward(batch, t=t).items()}
+            for key, value in given.items():
+                name = "action" if key == Columns.ACTIONS else key
+                if row == 0:
+                    columns[name] = np.empty((num_rows, *value.shape), value.dtype)
+                columns[name][row] = value
+            action = given[Columns.ACTIONS]
+            if isinstance(space, spaces.Box):
+                action = np.clip(action, space.low, space.high)
             reached, reward, terminated, truncated, _ = self.env.step(action)
             is_move = ~self._has_ended
-            columns["action"][row] = action
             columns["reward"][row] = reward
             if potential is not None:
                 gain = np.where(terminated, 0, potential(reached)) - potential(observation)
                 columns["reward"][row] += gain
-            columns["minutes"][row] = (reached["elapsed_min"] - observation["elapsed_min"])[:, 0]
+            if has_clock:
+                minutes = reached["elapsed_min"] - observation["elapsed_min"]
+                columns["minutes"][row] = minutes[:, 0]
             columns["is_terminated"][row] = terminated
             columns["is_truncated"][row] = truncated
             columns["is_move"][row] = is_move
@@ -147,6 +162,7 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
                 columns["episode_returns"].append(float(self._return[episode]))
                 self._end_episode(episode)
             self._observation = reached
+        columns["last_observation"] = tree.map_structure(np.array, self._observation)
         self.num_env_steps_sampled_lifetime += num_steps * num_runners
         self._increase_sampled_metrics(num_steps, num_ended)
         return columns
@@ -171,3 +187,7 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
     def get_metrics(self) -> dict[str, Any]:
         """What was logged since the last call."""
         return self.metrics.reduce()
+
+
+def _put(row: int, column: np.ndarray, value: np.ndarray) -> None:
+    column[row] = value
