@@ -8,7 +8,6 @@ temperature and the hierarchical posterior. Torch, no Ray. Shape letters: N hole
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from scipy.special import expit
 
 from envs.cryoem.types import FloatArray, HoleTable, IntArray
+from ssl2rl_ray.checkpoint import read_state
 from ssl2rl_ray.config import PerceptionRunConfig
 from ssl2rl_ray.data.splits import folds, marks
 from ssl2rl_ray.perception.classifier import Classifier, make_classifier
@@ -234,18 +234,6 @@ class Training:
             if name != self.name:
                 self.fit = self._begin(name)
             self.fit.load_state(state["fit"])
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """``Training.state`` as a run saved it; raises ValueError where it is damaged."""
-    try:
-        return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise ValueError(
-            f"{checkpoint} is damaged ({reason}): remove that folder and resume again, from the "
-            "checkpoint before it"
-        ) from error
 
 
 def model_of(training: Training) -> tuple[Model, FloatArray]:

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+from ssl2rl_ray.checkpoint import read_state
 from ssl2rl_ray.config import PerceptionRunConfig, check
 from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.local_ray import local_ray
-from ssl2rl_ray.perception.cross_fit import Training, judge, model_of, read_state
+from ssl2rl_ray.perception.cross_fit import Training, judge, model_of
 from ssl2rl_ray.perception.distributed import last_state, report, run_workers
 from ssl2rl_ray.perception.model import Prediction, model_folder
 from ssl2rl_ray.perception.sample import sample_of, truth_of
