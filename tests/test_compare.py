@@ -194,6 +194,11 @@ DQN = {"algorithm.name": "dqn", "algorithm.n_step": 3, "algorithm.lr": 1e-3, "tr
             [{}, {"algorithm.n_step": 1}, {"algorithm.name": "a2c"}],
             ["dqn, n_step=3", "dqn, n_step=1", "a2c"],
         ),
+        # a switch rather than the numbers that go with it
+        (
+            [{"algorithm.z": True}, {"algorithm.n_step": 1, "algorithm.z": False}],
+            ["z=true", "z=false"],
+        ),
         ([{"b.steps": True}, {"b.steps": None}], ["steps=true", "steps=null"]),
         (
             [{"b.steps": [1, 2]}, {"training.steps": 1, "b.steps": [1, 3]}],

@@ -268,8 +268,9 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 def labels(settings: Sequence[Mapping[str, Any]], named_by: str) -> list[str]:
     """Names of groups: the algorithm, then what tells it from others of the same algorithm.
 
-    Settings that follow from others named before are left out, and so is a value that more than
-    half of them share: of an ablation, only what was taken away is said.
+    Settings that follow from others named before are left out, numbers rather than switches and
+    words, and so is a value that more than half of them share: of an ablation, only what was taken
+    away is said.
     """
     found = [""] * len(settings)
     names = [word(each.get(named_by)) for each in settings]
@@ -277,7 +278,7 @@ def labels(settings: Sequence[Mapping[str, Any]], named_by: str) -> list[str]:
         members = [i for i, other in enumerate(names) if other == name]
         own = [settings[i] for i in members]
         keys: list[str] = []
-        for key in _differing(own):
+        for key in sorted(_differing(own), key=lambda key: _is_number(own, key)):
             if _num_apart(own, [*keys, key]) > _num_apart(own, keys):
                 keys.append(key)
         shorts = _shorts(keys)
@@ -294,6 +295,11 @@ def labels(settings: Sequence[Mapping[str, Any]], named_by: str) -> list[str]:
             is_told = len(set(names)) > 1 or not parts
             found[i] = ", ".join([name] * is_told + parts)
     return found
+
+
+def _is_number(settings: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """One number or several; not a switch, a word, or nothing."""
+    return not all(isinstance(each.get(key), bool | str | None) for each in settings)
 
 
 def _num_apart(settings: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> int:
