@@ -41,6 +41,7 @@ from ssl2rl_ray.online.decide import (
     mcnemar_z,
     parameters_of,
     resumed,
+    sign_p,
     step,
     to_plain,
     unit_of,
@@ -54,6 +55,7 @@ SMALL = OnlineConfig(
     num_first_frames=4,
     num_test_frames=8,
     num_looks=1,
+    max_error=0.2,
     num_steps=3,
     num_drift_frames=8,
     num_control_frames=4,
@@ -135,6 +137,23 @@ def test_three_discordant_frames_are_never_believed():
     assert mcnemar_z(three, none)[0] > 1.645
     assert not is_significant(three, none, 1.645, 4)
     assert is_significant(np.ones(4, bool), none, 1.645, 4)
+
+
+def test_the_sign_test_by_hand():
+    none = np.zeros(8, bool)
+    assert sign_p(np.arange(8) < 4, none) == pytest.approx(1 / 16)
+    assert sign_p(none, np.arange(8) < 4) == sign_p(none, none) == 1.0
+    theirs = np.array([0, 0, 0, 0, 1, 0, 0, 1], bool)  # 4 pairs won, 1 lost, 1 alike
+    ours = np.array([1, 1, 1, 1, 0, 0, 0, 1], bool)
+    assert sign_p(ours, theirs) == pytest.approx((5 + 1) / 32)
+
+
+def test_what_all_tests_may_err_in_adds_up_to_what_was_asked_for():
+    config = OnlineConfig(max_error=0.05, num_looks=4)
+    assert config.level(0) == pytest.approx(0.05 / 2 / 4)
+    assert config.level(1) == pytest.approx(0.05 / 6 / 4)
+    total = 4 * sum(config.level(k) for k in range(10_000))
+    assert 0.0499 < total < 0.05
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -237,14 +256,22 @@ def test_the_last_look_decides_and_a_hopeless_one_comes_first():
 
 
 def test_more_looks_ask_for_more():
-    assert dataclasses.replace(SMALL, num_looks=3).look_z == pytest.approx(1.992)
-    assert SMALL.look_z == 1.645
-    # 4 of 4 discordant frames: z 2, which is enough for one look, and for five it is not
-    state = after(LOOKS, at_test(LOOKS), Indexed(result=result([1] * 4 + [0] * 4)))
+    # 4 of 4 discordant frames: p 1/16, which is enough for one look (0.1), not of three (0.033)
+    state = after(SMALL, at_test(SMALL), Indexed(result=result([1] * 4 + [0] * 4)))
     assert state.version == 2
-    five = dataclasses.replace(SMALL, num_looks=5, num_steps=9)
-    state = after(five, at_test(five), Indexed(result=result([1] * 4 + [0] * 4)))
+    state = after(LOOKS, at_test(LOOKS), Indexed(result=result([1] * 4 + [0] * 4)))
     assert state.version == 1 and state.num_refused == 0
+
+
+def test_a_test_after_one_that_changed_nothing_asks_for_more():
+    answer = Indexed(result=result([1] * 4 + [0] * 4))
+    state = at_test(SMALL)
+    again = dataclasses.replace(state, num_refused=7, num_refused_now=1)
+    assert after(SMALL, state, answer).version == 2  # p 1/16 of 0.1
+    assert after(SMALL, again, answer).version == 1  # of 0.033
+    assert after(SMALL, again, answer).num_refused_now == 2
+    state = after(SMALL, again, Indexed(result=result([1] * 6 + [0] * 2)))  # p 1/64
+    assert (state.version, state.num_refused, state.num_refused_now) == (2, 7, 0)
 
 
 def test_a_refused_best_is_not_asked_about_again():
@@ -337,8 +364,10 @@ def test_after_a_long_rest_there_is_another_search():
 
 def test_drift_ends_a_search_whose_cache_is_old():
     state = after(SMALL, begin(Parameters()), processed(0, [1] * 8))
+    state = dataclasses.replace(state, num_refused_now=3)
     state = after(SMALL, state, processed(8, [0] * 8))
     assert state.search is not None and state.search.is_stale
+    assert state.num_refused_now == 0  # what was refused says nothing of what is now
     state = after(SMALL, state, Proposed(parameters=BETTER))
     decision = step(SMALL, state, Indexed(result=result([0] * 4)))
     assert [n["what"] for n in decision.happened] == ["tried", "search ended", "search began"]
@@ -415,11 +444,11 @@ def test_whatever_happens_parameters_change_only_by_a_believed_test_on_unseen_fr
         if state.incumbent != before.incumbent:
             assert isinstance(question, Index) and isinstance(event, Indexed)
             assert question.purpose in ("test", "control")
-            z, num_discordant = mcnemar_z(event.result.is_indexed, question.baseline)
+            ours, theirs = event.result.is_indexed, question.baseline
             if question.purpose == "control":
-                assert z > config.revert_z
+                assert mcnemar_z(ours, theirs)[0] > config.revert_z
             else:
-                assert z > config.min_z and num_discordant >= config.min_discordant
+                assert sign_p(ours, theirs) <= config.level(before.num_refused_now)
             assert state.version == before.version + 1
             if question.purpose == "test":
                 assert before.search is not None
@@ -439,6 +468,9 @@ def test_config_says_which_rule_is_wrong():
         dataclasses.replace(SMALL, num_first_frames=8)
     with pytest.raises(ValueError, match="min_z"):
         dataclasses.replace(SMALL, min_z=0.0)
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="max_error: must be between 0 and 1"):
+            dataclasses.replace(SMALL, max_error=share)
     with pytest.raises(ParameterError, match="tunables"):
         dataclasses.replace(SMALL, tunables=("min_sn",))
 

@@ -9,9 +9,10 @@ How parameters change. The pipeline indexes every frame with the *incumbent*. A 
 latest N frames as a cache, on which the incumbent's flags are known for nothing, and lets any
 optimiser of ``rivals`` or a trained policy propose; a candidate is looked at on a few of them first
 (racing) and then on all. Its best is *tested* on other frames, which the search has not seen,
-against the incumbent's flags: only where McNemar's test on the pairs is significant there does it
+against the incumbent's flags: only where the sign test of the pairs is significant there does it
 become the incumbent. Many candidates on one cache would find a lucky one; frames of its own it
-cannot fool.
+cannot fool. Many tests would find a lucky one as well: each that changes nothing makes the next
+stricter (``OnlineConfig.level``), until something is deployed or conditions change.
 
 After a search that changed nothing the tuner rests, until the fraction drops, the fitted cell or
 the spots move (drift), or ``rest_frames`` have passed. Now and then the user's initial parameters
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+from scipy.special import betainc
 
 from envs.crystfel.env import Outcome, scale_of
 from envs.crystfel.rivals import Make, Optimiser, Trial
@@ -44,9 +46,6 @@ from envs.crystfel.types import (
     concatenate,
 )
 
-POCOCK = (1.645, 1.875, 1.992, 2.067, 2.122)
-"""z for 1 to 5 looks at growing data, each as strict, that together err in 5 % (one-sided; Pocock,
-Biometrika 64 (1977) 191)."""
 MIN_CRYSTALS = 15
 """Indexed frames without which the mean cell and the mean shift of the spots say little."""
 
@@ -67,9 +66,10 @@ class OnlineConfig:
     """After each the test may end: what is clear needs few frames, what is not gets more."""
     num_steps: int = 10
     """Proposals of a search."""
+    max_error: float = 0.05
+    """Of the changes that are deployed, the share that may be no better (see ``level``)."""
     min_z: float = 1.645
-    """McNemar's z above which a difference on pairs is believed (5 %, one-sided); the higher, the
-    more looks there are (``POCOCK``)."""
+    """McNemar's z on the cache above which a best is tested before the search is over."""
     hopeless_z: float = 0.0
     """Below it a test ends without a further look."""
     min_discordant: int = 4
@@ -96,12 +96,13 @@ class OnlineConfig:
         object.__setattr__(self, "tunables", tuple(self.tunables))
         _ = self.tuning
         least = {"num_test_frames": 1, "num_drift_frames": 1, "num_control_frames": 1}
+        least |= {"num_looks": 1}
         least |= {"min_discordant": 1, "rest_frames": 0, "control_every": 0, "num_first_frames": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: must be {low} or more, found {getattr(self, name)}")
-        if not 1 <= self.num_looks <= len(POCOCK):
-            raise ValueError(f"num_looks: must be 1 to {len(POCOCK)}, found {self.num_looks}")
+        if not 0 < self.max_error < 1:
+            raise ValueError(f"max_error: must be between 0 and 1, found {self.max_error}")
         if self.num_first_frames >= self.num_cache_frames:
             raise ValueError(
                 f"num_first_frames: must be below num_cache_frames {self.num_cache_frames}, "
@@ -111,10 +112,17 @@ class OnlineConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: must be above 0, found {getattr(self, name)}")
 
-    @property
-    def look_z(self) -> float:
-        """That a look of the test must exceed."""
-        return self.min_z * POCOCK[self.num_looks - 1] / POCOCK[0]
+    def level(self, num_refused: int) -> float:
+        """The p at which a look of the next test deploys, after so many tests that did not.
+
+        The k-th test since the last deployment may err in ``max_error`` / (k (k + 1)), which add up
+        to ``max_error``; its looks share that alike (Bonferroni). So the changes that are deployed
+        and no better are, on the mean, at most ``max_error`` x (1 + deployments + times that
+        conditions changed), however often is tested (the marginal false discovery rate of Foster
+        and Stine, J. R. Stat. Soc. B 70 (2008) 429).
+        """
+        k = num_refused + 1
+        return self.max_error / (k * (k + 1)) / self.num_looks
 
     @property
     def tuning(self) -> TuningConfig:
@@ -236,6 +244,8 @@ class State:
     num_searches: int = 0
     num_deployed: int = 0
     num_refused: int = 0
+    num_refused_now: int = 0
+    """Since the last deployment, or since conditions changed."""
     search: Search | None = None
     question: Question = Wait()
     rest_level: Level | None = None
@@ -402,12 +412,13 @@ def _processed(
     if state.search is not None and not state.search.is_stale:
         if reason := _drift(config, state.search.level, recent):
             notes.append({"what": "drift", "during": "search", "reason": reason})
-            state = replace(state, search=replace(state.search, is_stale=True))
+            stale = replace(state.search, is_stale=True)
+            state = replace(state, search=stale, num_refused_now=0)
     elif state.search is None and state.rest_level is not None:
         rested = state.num_processed - state.rest_began
         if reason := _drift(config, state.rest_level, recent):
             notes.append({"what": "drift", "during": "rest", "reason": reason})
-            state = replace(state, rest_level=None)
+            state = replace(state, rest_level=None, num_refused_now=0)
         elif rested >= config.rest_frames:
             state = replace(state, rest_level=None)
     return state
@@ -585,7 +596,8 @@ def _tested(
     ours = np.concatenate([batch.result.is_indexed for batch in tested])
     theirs = np.concatenate([search.tested_flags, question.baseline])
     z, num_discordant = mcnemar_z(ours, theirs)
-    is_deployed = is_significant(ours, theirs, config.look_z, config.min_discordant)
+    p, level = sign_p(ours, theirs), config.level(state.num_refused_now)
+    is_deployed = p <= level
     is_last = len(tested) >= config.num_looks or z < config.hopeless_z
     what = "deployed" if is_deployed else "refused" if is_last else "looked at"
     note: Happened = {
@@ -597,6 +609,8 @@ def _tested(
         "num_indexed": int(ours.sum()),
         "num_indexed_before": int(theirs.sum()),
         "z": round(z, 3),
+        "p": p,
+        "level": level,
         "num_discordant": num_discordant,
         "backend": result.version,
         "argv": list(result.argv),
@@ -607,7 +621,12 @@ def _tested(
     search = replace(search, tested=(), tested_flags=theirs[:0])
     if what == "refused":
         search = replace(search, is_refused=True)
-        return replace(state, search=search, num_refused=state.num_refused + 1)
+        return replace(
+            state,
+            search=search,
+            num_refused=state.num_refused + 1,
+            num_refused_now=state.num_refused_now + 1,
+        )
     search = replace(
         search,
         incumbent_flags=search.best_flags,
@@ -620,6 +639,7 @@ def _tested(
         version=state.version + 1,
         recent=tested,
         num_deployed=state.num_deployed + 1,
+        num_refused_now=0,
         search=search,
     )
 
@@ -682,6 +702,15 @@ def mcnemar_z(ours: BoolArray, theirs: BoolArray) -> tuple[float, int]:
     """
     b, c = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     return (b - c) / math.sqrt(b + c) if b + c else 0.0, b + c
+
+
+def sign_p(ours: BoolArray, theirs: BoolArray) -> float:
+    """P of so many won pairs, or more, were ``ours`` no better: exact, so few pairs do not fool it.
+
+    Of n discordant pairs b are won: P(Binomial(n, 1/2) >= b).
+    """
+    b, c = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    return float(betainc(b, c + 1, 0.5)) if b else 1.0
 
 
 def is_significant(ours: BoolArray, theirs: BoolArray, min_z: float, min_discordant: int) -> bool:

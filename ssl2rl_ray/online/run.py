@@ -382,7 +382,7 @@ def _lines(before: State, decision: Decision) -> list[str]:
             lines.append(
                 f"version {note['version']}: {changed}; {note['num_indexed']} of "
                 f"{note['num_frames']} fresh frames indexed, {note['num_indexed_before']} before "
-                f"(McNemar z {note['z']:.2f})"
+                f"(sign test of the pairs: p {note['p']:.1g})"
             )
         elif note["what"] == "reverted":
             lines.append(f"version {note['version']}: back to the initial parameters")
