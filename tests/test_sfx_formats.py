@@ -23,6 +23,7 @@ from envs.crystfel.sfx.formats import (
     format_frames,
     format_geometry,
     good_pixels,
+    masks_by_frame,
     parse_cell,
     parse_frames,
     parse_geometry,
@@ -97,7 +98,7 @@ def test_geometry_by_hand() -> None:
     assert g.corner_px.tolist() == [[-10.5, 2], [3.5, -1]]
     assert g.coffset_m.tolist() == [0, 0.01]
     assert g.res_per_m.tolist() == [5000, 10000]  # the default, and the panel's own
-    assert g.edge_px == 0  # a default is for panels first mentioned later, and the first has none
+    assert g.edge_px.tolist() == [0, 1]  # a default is for panels first mentioned later
     assert g.shape == (10, 8)
     assert g.distance_m == pytest.approx(0.125)
 
@@ -210,6 +211,60 @@ def test_values_looked_up_in_the_frames(tmp_path: Path) -> None:
         parse_geometry(text, "g", Frame(path=str(tmp_path / "other.h5")))
     with pytest.raises(FormatError, match="has no number for frame"):
         parse_geometry(text, "g", Frame(path=frame.path, event="//2"))
+
+
+def test_one_looked_up_value_serves_all_frames_that_are_alike(tmp_path: Path) -> None:
+    """Energies of 9000, 9020 and 9100 eV: the middle one, and no farther off than 1 %."""
+    for name, energies in (("a.h5", [9000.0, 9020.0]), ("b.h5", 9100.0)):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["energy"], file["clen"] = energies, 120.0
+    text = GEOM.replace("9.5 keV", "/energy").replace("clen = 120 mm", "clen = /clen")
+    a, b = (str(tmp_path / name) for name in ("a.h5", "b.h5"))
+    frames = [Frame(path=a, event="//0"), Frame(path=a, event="//1"), Frame(path=b, event="//5")]
+    assert parse_geometry(text, "g", *frames).photon_energy_eV == 9020
+    assert parse_geometry(text, "g", Frame(path=a)).photon_energy_eV == 9010, "all of the file"
+    with h5py.File(b, "r+") as file:
+        del file["clen"]
+        file["clen"] = 122.0
+    with pytest.raises(FormatError, match=r"g:3: clen is 120 in the middle .* 122 at its farthest"):
+        parse_geometry(text, "g", *frames)
+    with pytest.raises(FormatError, match=r"cannot read /energy of .*c\.h5"):
+        parse_geometry(text, "g", *frames, Frame(path=str(tmp_path / "c.h5")))
+
+
+def test_a_shift_may_be_close_to_nothing(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["x"] = [1e-6, -1e-6, 3e-6]
+    text = GEOM.replace("res = 5000", "res = 5000\ndetector_shift_x = /x\ndetector_shift_y = 1 mm")
+    g = parse_geometry(text, "g", Frame(path=str(tmp_path / "f.h5")))
+    assert g.corner_px[0].tolist() == pytest.approx([-10.5 + 1e-6 * 5000, 2 + 1e-3 * 5000])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("flag_equal = -1", r"flag_equal of panel 'b' is not that of panel 'a'"),
+        ("b/mask0_data = /mask", r"mask0_data of panel 'b' is not that of panel 'a'"),
+        ("b/mask_bad = 0xff", r"mask0_badbits of panel 'b'"),
+    ],
+)
+def test_what_would_be_read_wrongly_of_one_panel_is_refused(line: str, message: str) -> None:
+    with pytest.raises(FormatError, match=rf"geometry:22: {message}"):
+        parse_geometry(GEOM.replace("mask_edge_pixels = 1", line))
+
+
+def test_a_default_that_comes_too_late_is_refused_and_so_is_a_panel_without_directions() -> None:
+    with pytest.raises(FormatError, match=r"geometry:39: holds for panels that come after it"):
+        parse_geometry(GEOM + "res = 10000\n")
+    with pytest.raises(FormatError, match=r"panel 'a' has no ss: .* `a/ss = "):
+        parse_geometry(GEOM.replace("a/ss = y\n", ""))
+
+
+def test_flags_add_up() -> None:
+    flags = "flag_equal = -1\nflag_equal = 65535\nflag_lessthan = -50\nflag_lessthan = -10\n"
+    g = parse_geometry(flags + "flag_morethan = 9e4\n" + GEOM)
+    assert (g.flag_equal, g.flag_below, g.flag_above) == ((-1, 65535), -10, 9e4)
+    assert parse_geometry(format_geometry(g)).flag_equal == (-1, 65535)
 
 
 OFFSETS = Parameters(clen_offset_percent=2, centre_x_offset_px=1.5, centre_y_offset_px=-0.5)
@@ -350,6 +405,8 @@ min_fs = 0
 max_fs = 3
 min_ss = 0
 max_ss = 1
+fs = x
+ss = y
 mask = /entry/data/mask
 mask_good = 0x1
 mask_bad = 6
@@ -390,6 +447,53 @@ def test_modules_are_stacked_on_the_slab(module_file: Path) -> None:
     assert both[1][0].tolist() == [0, 1, 2, 3]
     good = good_pixels(g, Frame(path=str(module_file), event="//1"))
     assert np.argwhere(~good).tolist() == [[0, 1], [3, 3]]
+
+
+def test_modules_lie_in_any_order_and_along_any_axis(tmp_path: Path) -> None:
+    data = np.arange(3 * 2 * 4).reshape(3, 2, 4)
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file["entry/data/data"] = np.moveaxis(data, 0, 2)  # (ss, fs, module)
+    text = MODULES[: MODULES.index("mask")].replace("dim0 = %", "dim0 = ss")
+    text = text.replace("dim2 = ss", "dim1 = fs").replace("dim3 = fs\n", "")
+    for order in ((2, 0, 1), (1, 2), (0, 2)):
+        corners = "".join(f"m{i}/dim2 = {i}\nm{i}/corner_x = 0\nm{i}/corner_y = 0\n" for i in order)
+        g = parse_geometry(text + corners)
+        image = read_image(g, Frame(path=str(tmp_path / "m.h5")))
+        assert np.array_equal(image, np.concatenate([data[i] for i in order]))
+
+
+def test_far_apart_modules_are_read_alone(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file["entry/data/data"] = np.arange(40 * 8).reshape(1, 40, 2, 4)
+    text = MODULES[: MODULES.index("mask")] + MODULES[MODULES.index("m0/") :]
+    g = parse_geometry(text.replace("m1/dim1 = 2", "m1/dim1 = 39"))
+    image = read_image(g, Frame(path=str(tmp_path / "m.h5"), event="//0"))
+    assert image[:, 0].tolist() == [0, 4, 312, 316]
+
+
+def test_masks_of_single_frames_are_told_from_those_of_a_file(module_file: Path) -> None:
+    g, path = parse_geometry(MODULES), str(module_file)
+    assert masks_by_frame(g, path) == ()
+    with h5py.File(path, "r+") as file:
+        del file["entry/data/mask"]
+        mask = np.ones((2, 3, 2, 4), dtype=np.uint16)
+        mask[1, 2, 0, 2] = 0
+        file["entry/data/mask"] = mask
+    assert masks_by_frame(g, path) == g.masks
+    bad = [np.argwhere(~good_pixels(g, Frame(path=path, event=f"//{i}"))) for i in (0, 1)]
+    assert [places.tolist() for places in bad] == [[], [[2, 2]]]
+
+
+def test_a_mask_file_lies_beside_the_geometry(tmp_path: Path) -> None:
+    text = MODULES.replace("mask = /entry/data/mask", "mask = /bad\nmask_file = bad.h5")
+    mask = np.ones((3, 2, 4), dtype=np.uint16)
+    mask[0, 1, 0] = 4
+    with h5py.File(tmp_path / "bad.h5", "w") as file:
+        file["bad"] = mask
+    (tmp_path / "m.geom").write_text(text)
+    g = read_geometry(tmp_path / "m.geom")
+    assert g.masks[0].file == str(tmp_path / "bad.h5")
+    assert np.argwhere(~good_pixels(g)).tolist() == [[1, 0]]
 
 
 def test_a_file_listed_without_an_event_stands_for_all_its_frames(module_file: Path) -> None:
@@ -741,6 +845,23 @@ def test_experiment_of_a_folder(tmp_path: Path) -> None:
     assert read_experiment(tmp_path).digest != before
 
 
+def test_another_mask_is_another_experiment(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    with_mask = "mask = /bad\nmask_file = bad.h5\n" + GEOM
+    (folder / "experiment.geom").write_text(with_mask)
+    before = read_experiment(folder).digest
+    (folder / "bad.h5").write_bytes(b"some")
+    assert read_experiment(folder).digest != before
+
+
+def test_what_becomes_of_the_geometry_file_later_does_not_count(tmp_path: Path) -> None:
+    experiment = read_experiment(folder_of(tmp_path))
+    before = read_experiment(tmp_path).digest
+    (tmp_path / "experiment.geom").write_text(GEOM.replace("-10.5", "-99"))
+    assert experiment.digest == before != read_experiment(tmp_path).digest
+    assert experiment.geometry_text == GEOM
+
+
 def test_a_users_own_names_are_found(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     (folder / "experiment.geom").rename(folder / "agipd_v3.geom")
@@ -754,7 +875,9 @@ def test_a_users_own_names_are_found(tmp_path: Path) -> None:
         read_experiment(folder)
     assert read_experiment(folder, geometry=folder / "old.geom").geometry_path.name == "old.geom"
     (folder / "run7.lst").unlink()
-    with pytest.raises(FormatError, match=r"no frames\.lst and no other \*\.lst: name one by"):
+    with pytest.raises(
+        FormatError, match=r"no frames\.lst and no other \*\.lst: name one by --list"
+    ):
         read_experiment(folder, geometry=folder / "old.geom")
 
 

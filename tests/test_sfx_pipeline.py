@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -12,7 +13,8 @@ import pytest
 
 from envs.crystfel.experiment import TRUTH_FILE, read_experiment
 from envs.crystfel.indexer import IndexerError, Memo
-from envs.crystfel.sfx import pipeline
+from envs.crystfel.sfx import peaks, pipeline
+from envs.crystfel.sfx.formats import read_image
 from envs.crystfel.sfx.index import KnownCell, misorientation_deg
 from envs.crystfel.sfx.pipeline import EmbeddedIndexer
 from envs.crystfel.sfx.simulate import simulate
@@ -173,11 +175,68 @@ def test_what_goes_wrong_is_told(clean, tmp_path):
 
 
 def test_flagged_values_are_bad_pixels(clean):
-    peaks = EmbeddedIndexer(clean).peaks(clean.nominal, clean.frames[:4])
-    geometry = dataclasses.replace(clean.geometry, flag_above=0.0)
-    blind = EmbeddedIndexer(dataclasses.replace(clean, geometry=geometry))
-    assert max(map(len, peaks)) > 0
-    assert [len(p) for p in blind.peaks(clean.nominal, clean.frames[:4])] == [0] * 4
+    frames = clean.frames[:1]
+    (found,) = EmbeddedIndexer(clean).peaks(clean.nominal, frames)
+    image = read_image(clean.geometry, frames[0])
+    bright = tuple(range(60, 1 + int(image.max())))
+
+    def left(**flags):
+        geometry = dataclasses.replace(clean.geometry, **flags)
+        indexer = EmbeddedIndexer(dataclasses.replace(clean, geometry=geometry))
+        return len(indexer.peaks(clean.nominal, frames)[0])
+
+    assert len(found) > 5
+    assert left(flag_above=0.0) == left(flag_below=1e5) == 0
+    assert left(flag_above=float(image.max()), flag_below=float(image.min())) == len(found)
+    assert left(flag_equal=bright) < len(found)
+    assert left(flag_equal=(1e5, -1e5)) == len(found)
+
+
+def with_mask(clean, folder, mask):
+    """The experiment, with the frames of the folder's first file under another mask."""
+    shutil.copytree(clean.folder, folder)
+    with h5py.File(folder / "frames-000.h5", "r+") as file:
+        del file["entry/data/mask"]
+        file["entry/data/mask"] = mask
+    return read_experiment(folder)
+
+
+def test_each_frame_has_its_own_mask_where_the_file_has_one_for_each(clean, tmp_path):
+    """Of 24 masks the second one blinds the detector, the third all but its upper half."""
+    mask = np.zeros((24, 1024, 1024), np.uint16)
+    mask[1], mask[2, :512] = 1, 1
+    masked = with_mask(clean, tmp_path / "masked", mask)
+    open_one = with_mask(clean, tmp_path / "open", mask[0])
+    found = EmbeddedIndexer(masked).peaks(clean.nominal, masked.frames[:4])
+    expected = EmbeddedIndexer(open_one).peaks(clean.nominal, open_one.frames[:4])
+    assert len(found[1]) == 0 < len(expected[1])
+    for i in (0, 3):
+        np.testing.assert_array_equal(found[i].as_array(), expected[i].as_array())
+    assert (found[2].ss_px >= 512).all()
+    half = {tuple(p) for p in found[2].as_array()[:, :2].round(1)}
+    upper = {tuple(p) for p in expected[2].as_array()[:, :2].round(1) if p[1] > 520}
+    assert len(half & upper) > 0.8 * len(upper) > 5
+
+
+def test_files_with_the_same_mask_share_a_map_and_others_do_not(clean, tmp_path, monkeypatch):
+    made = []
+
+    def counted(*args, **options):
+        made.append(1)
+        return peaks.pixel_map(*args, **options)
+
+    monkeypatch.setattr(pipeline, "pixel_map", counted)
+    shutil.copytree(clean.folder, tmp_path / "x")
+    for name in ("frames-001.h5", "frames-002.h5"):
+        shutil.copy(tmp_path / "x" / "frames-000.h5", tmp_path / "x" / name)
+    with h5py.File(tmp_path / "x" / "frames-002.h5", "r+") as file:
+        file["entry/data/mask"][:] = 1
+        file["entry/data/mask"][100:, 100:] = 0
+    frames = [Frame(path=str(tmp_path / "x" / f"frames-00{i}.h5"), event="//0") for i in (0, 1, 2)]
+    same, again, other = EmbeddedIndexer(clean).peaks(clean.nominal, frames)
+    assert len(made) == 2
+    np.testing.assert_array_equal(same.as_array(), again.as_array())
+    assert min(other.ss_px.min(), other.fs_px.min()) >= 100
 
 
 # ------------------------------------------------------------------ memo

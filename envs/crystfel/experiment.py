@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from envs.crystfel.indexer import stamp
 from envs.crystfel.sfx.formats import (
     FormatError,
     Geometry,
     PathLike,
     all_frames,
     digest,
-    read_cell,
+    parse_cell,
+    parse_geometry,
     read_frames,
-    read_geometry,
+    read_text,
 )
 from envs.crystfel.types import Frame, ParameterError, Parameters, UnitCell
 
@@ -36,6 +38,9 @@ class Experiment:
     geometry_path: Path
     cell_path: Path
     frames_path: Path
+    geometry_text: str
+    """Of that file when it was read: what it becomes later is another experiment."""
+    cell_text: str
     geometry: Geometry
     """The user's start: offsets of ``Parameters`` are relative to it."""
     cell: UnitCell
@@ -47,11 +52,9 @@ class Experiment:
 
     @cached_property
     def digest(self) -> str:
-        """16 digits that change with geometry file and cell file; for ``Indexer.version``."""
-        return digest(
-            self.geometry_path.read_text(errors="replace"),
-            self.cell_path.read_text(errors="replace"),
-        )
+        """16 digits that change with geometry, cell and mask files; for ``Indexer.version``."""
+        masks = [f"{mask.file} {stamp(mask.file)}" for mask in self.geometry.masks if mask.file]
+        return digest(self.geometry_text, self.cell_text, *masks)
 
 
 def read_experiment(
@@ -84,20 +87,23 @@ def read_experiment(
         for given, default, patterns, option in (
             (geometry, GEOMETRY_FILE, ("*.geom",), "--geometry"),
             (cell, CELL_FILE, ("*.cell", "*.pdb"), "--cell"),
-            (frames, FRAMES_FILE, ("*.lst",), "--frames"),
+            (frames, FRAMES_FILE, ("*.lst",), "--list"),
         )
     ]
     listed = read_frames(paths[2])
     if not listed:
         raise FormatError(f"{paths[2]}: lists no frame")
-    found = read_geometry(paths[0], listed[0])
+    geometry_text, cell_text = read_text(paths[0]), read_text(paths[1])
+    found = parse_geometry(geometry_text, str(paths[0]), *listed)
     return Experiment(
         folder=folder,
         geometry_path=paths[0],
         cell_path=paths[1],
         frames_path=paths[2],
+        geometry_text=geometry_text,
+        cell_text=cell_text,
         geometry=found,
-        cell=read_cell(paths[1]),
+        cell=parse_cell(cell_text, str(paths[1])),
         frames=all_frames(found, listed),
         nominal=_nominal(folder / PARAMETERS_FILE),
     )

@@ -172,8 +172,9 @@ class Indexamajig:
 
     def geometry_text(self, parameters: Parameters) -> str:
         """The user's ``.geom`` with the tuned distance and beam centre, all else as it was."""
-        text = self.experiment.geometry_path.read_text(errors="replace")
-        return tuned_geometry_text(text, self.experiment.geometry, parameters)
+        return tuned_geometry_text(
+            self.experiment.geometry_text, self.experiment.geometry, parameters
+        )
 
     def run(self, parameters: Parameters, frames: Sequence[Frame]) -> IndexingResult:
         """Indexes the frames in one call (which costs 1.5 s: batches under 20 waste time).

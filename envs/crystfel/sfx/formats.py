@@ -14,12 +14,13 @@ along the columns, and pixel i covers [i, i + 1): its centre is i + 0.5, as in C
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ MAX_TEXT_BYTES = 256 * 2**20
 """Of a geometry, cell or list file; the largest real list files have a few MB."""
 MAX_SIDE_PX = 100_000
 """Of a panel; the largest detectors have 4 000."""
+MAX_SPREAD = 0.01
+"""Of values looked up in the frames, about the middle one."""
 
 
 class FormatError(ValueError):
@@ -53,7 +56,7 @@ class Plane:
     data: str
     """HDF5 path; ``%`` stands for a part of the event."""
     dims: tuple[str | int, ...]
-    """Of each axis: ``%`` (frame), a fixed index, ``ss`` or ``fs``; the last is ``fs``."""
+    """Of each axis: ``%`` (frame), a fixed index, ``ss`` or ``fs``; ``fs`` comes after ``ss``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,8 @@ class Mask:
 
     data: str
     file: str = ""
-    """Empty: in the frame's own file."""
+    """Empty: in the frame's own file. Relative ones are relative to the ``.geom`` file's folder,
+    and resolved on reading."""
     good_bits: int = 0
     """All of these are set in a good pixel."""
     bad_bits: int = 0
@@ -108,15 +112,14 @@ class Geometry:
     clen_m: float
     photon_energy_eV: float
     adu_per_photon: float = 1.0
-    max_adu: float = math.inf
     flag_below: float = -math.inf
     flag_above: float = math.inf
-    """Pixels with a value below, above, or equal to ``flag_equal`` are bad."""
-    flag_equal: float = math.nan
-    edge_px: int = 0
-    """So many pixels along the edges of each panel are bad."""
+    """Pixels with a value below, above, or equal to one of ``flag_equal`` are bad."""
+    flag_equal: tuple[float, ...] = ()
+    edge_px: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """(P,) so many pixels along the edges of each panel are bad; empty = none."""
     bad_panels: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    """(P,) not used at all."""
+    """(P,) not used at all; empty = none."""
     bad_regions: tuple[BadRegion, ...] = ()
     masks: tuple[Mask, ...] = ()
 
@@ -131,11 +134,12 @@ class Geometry:
             ("corner_px", np.float64, (p, 2)),
             ("coffset_m", np.float64, (p,)),
             ("res_per_m", np.float64, (p,)),
+            ("edge_px", np.int64, (p,)),
             ("bad_panels", np.bool_, (p,)),
         ):
             array = np.array(getattr(self, name), dtype=dtype)
-            if name == "bad_panels" and not array.size:
-                array = np.zeros(p, dtype=bool)
+            if name in ("edge_px", "bad_panels") and not array.size:
+                array = np.zeros(p, dtype=dtype)
             if array.shape != shape:
                 raise FormatError(f"{name} has shape {array.shape}, and must have {shape}")
             array.setflags(write=False)
@@ -261,25 +265,27 @@ class Geometry:
         )
 
 
-def read_geometry(path: PathLike, frame: Frame | None = None) -> Geometry:
+def read_geometry(path: PathLike, *frames: Frame) -> Geometry:
     """Reads a ``.geom`` file.
 
     Args:
         path: the file.
-        frame: where values that the file looks up in the data (``clen = /path``) are read.
+        frames: in which values are looked up that the file only points to (``clen = /path``). One
+            value serves all of them: the middle one, where they are all within 1 % of it.
 
     Raises:
         FormatError: what is wrong, in which line, and what to do.
     """
-    return parse_geometry(_read_text(path), os.fspath(path), frame)
+    return parse_geometry(read_text(path), os.fspath(path), *frames)
 
 
-def parse_geometry(text: str, source: str = "geometry", frame: Frame | None = None) -> Geometry:
-    """The same from text; ``source`` is its name in messages. Raises FormatError."""
+def parse_geometry(text: str, source: str = "geometry", *frames: Frame) -> Geometry:
+    """The same from text; ``source`` is the file's name. Raises FormatError."""
     defaults: dict[str, _Value] = {}
     panels: dict[str, dict[str, _Value]] = {}
     regions: dict[str, dict[str, _Value]] = {}
     overall: dict[str, _Value] = {}
+    unused: _Value | None = None  # the last default, until a panel follows that it is for
     for number, line in enumerate(text.splitlines(), 1):
         at = f"{source}:{number}"
         line = line.split(";", 1)[0].strip()
@@ -299,7 +305,8 @@ def parse_geometry(text: str, source: str = "geometry", frame: Frame | None = No
             if name in _OVERALL:
                 overall[name] = value
             elif name in _OF_PANEL or _OF_PANEL_PATTERN.fullmatch(name):
-                defaults[name] = value  # of panels first mentioned later
+                _put(defaults, name, value)  # of panels first mentioned later
+                unused = value
             elif not name.startswith(("group_", "rigid_group")) and name not in _UNUSED:
                 raise FormatError(f"{at}: {_unknown(name, (*_OVERALL, *_OF_PANEL))}")
         elif owner.startswith("bad"):
@@ -309,19 +316,32 @@ def parse_geometry(text: str, source: str = "geometry", frame: Frame | None = No
         elif owner.startswith(("group", "rigid_group")):
             raise FormatError(f"{at}: no panel may be called {_shown(owner)}")
         elif name in _OF_PANEL or _OF_PANEL_PATTERN.fullmatch(name):
-            panels.setdefault(owner, dict(defaults))[name] = value
+            if owner not in panels:
+                panels[owner], unused = dict(defaults), None
+            _put(panels[owner], name, value)
         elif name not in _UNUSED:
             raise FormatError(f"{at}: {_unknown(name, tuple(_OF_PANEL))}")
+    if panels and unused is not None:
+        raise FormatError(
+            f"{unused.at}: holds for panels that come after it, and none does: move the line up"
+        )
     if not panels:
         raise FormatError(f"{source}: no panel: expected lines such as `p0/min_fs = 0`")
     if len(panels) > 30_000:
         raise FormatError(f"{source}: {len(panels)} panels, which no detector has")
-    return _geometry(source, frame, overall, panels, regions)
+    return _geometry(source, frames, overall, panels, regions)
+
+
+def _put(values: dict[str, _Value], name: str, value: _Value) -> None:
+    """The last value counts; flags add up."""
+    if name in _FLAGS and name in values:
+        value = replace(value, text=f"{values[name].text} {value.text}")
+    values[name] = value
 
 
 def _geometry(
     source: str,
-    frame: Frame | None,
+    frames: Sequence[Frame],
     overall: dict[str, _Value],
     panels: dict[str, dict[str, _Value]],
     regions: dict[str, dict[str, _Value]],
@@ -339,9 +359,16 @@ def _geometry(
                 found.append(default)
         return np.array(found)
 
-    def vector(name: str, default: tuple[float, float, float]) -> FloatArray:
-        return np.array([v[name].direction() if name in v else default for v in panels.values()])
+    def vector(name: str) -> FloatArray:
+        for panel, values in panels.items():
+            if name not in values:
+                raise FormatError(
+                    f"{source}: panel {_shown(panel)} has no {name}: add its direction, such as "
+                    f"`{panel}/{name} = +1.0x`"
+                )
+        return np.array([values[name].direction() for values in panels.values()])
 
+    _check_alike(panels)
     window = np.column_stack([column(name) for name in ("min_fs", "max_fs", "min_ss", "max_ss")])
     for panel, values, (fs0, fs1, ss0, ss1) in zip(names, panels.values(), window, strict=True):
         if not (0 <= fs0 <= fs1 < MAX_SIDE_PX and 0 <= ss0 <= ss1 < 100 * MAX_SIDE_PX):
@@ -350,7 +377,7 @@ def _geometry(
                 f"{ss0:g} to {ss1:g}: expected pixel numbers, the first not above the last"
             )
     window = window.astype(np.int64)
-    fs_vector, ss_vector = vector("fs", (1.0, 0.0, 0.0)), vector("ss", (0.0, 1.0, 0.0))
+    fs_vector, ss_vector = vector("fs"), vector("ss")
     area = np.linalg.norm(np.cross(fs_vector, ss_vector), axis=1)
     if not (area > 1e-6).all():
         panel = names[int(np.argmin(area > 1e-6))]
@@ -371,16 +398,18 @@ def _geometry(
         raise FormatError(
             f"{panels[panel]['res'].at}: res is pixels per metre, and must be above 0"
         )
-    energy = _photon_energy_eV(overall, source, frame)
-    clen = _looked_up(overall, "clen", source, frame, {"m": 1.0, "mm": 1e-3}, "m", "mm")
+    energy = _photon_energy_eV(overall, source, frames)
+    clen = _looked_up(overall, "clen", source, frames, {"m": 1.0, "mm": 1e-3}, "m", "mm")
     corner = np.column_stack([column("corner_x"), column("corner_y")])
     for axis, name in enumerate(("detector_shift_x", "detector_shift_y")):
         if name in overall:
             units = {"m": 1.0, "mm": 1e-3}
-            corner[:, axis] += _looked_up(overall, name, source, frame, units, "m", "m") * res
+            shift_m = _looked_up(overall, name, source, frames, units, "m", "m", slack=2e-5)
+            corner[:, axis] += shift_m * res
     gain = column("adu_per_eV", math.nan) * energy
     gain = np.where(np.isfinite(gain), gain, column("adu_per_photon", math.nan))
     any_panel = panels[names[0]]
+    flags = {name: any_panel[name].numbers() for name in _FLAGS if name in any_panel}
     coffset = column("coffset", 0.0)
     if not (np.abs(clen + coffset) > 1e-6).all():
         raise FormatError(
@@ -399,18 +428,31 @@ def _geometry(
         clen_m=clen,
         photon_energy_eV=energy,
         adu_per_photon=float(gain[0]) if np.isfinite(gain[0]) and gain[0] > 0 else 1.0,
-        max_adu=float(column("max_adu", math.inf)[0]),
-        flag_below=float(column("flag_lessthan", -math.inf)[0]),
-        flag_above=float(column("flag_morethan", math.inf)[0]),
-        flag_equal=float(column("flag_equal", math.nan)[0]),
-        edge_px=int(min(max(column("mask_edge_pixels", 0.0)[0], 0.0), MAX_SIDE_PX)),
+        flag_below=max(flags.get("flag_lessthan", (-math.inf,))),
+        flag_above=min(flags.get("flag_morethan", (math.inf,))),
+        flag_equal=flags.get("flag_equal", ()),
+        edge_px=np.clip(column("mask_edge_pixels", 0.0), 0, MAX_SIDE_PX).astype(np.int64),
         bad_panels=np.array(
             [v["no_index"].flag() if "no_index" in v else False for v in panels.values()]
         ),
         bad_regions=tuple(_region(name, v, names) for name, v in regions.items()),
-        masks=_masks(any_panel),
+        masks=_masks(any_panel, os.path.dirname(source)),
     )
     return geometry
+
+
+def _check_alike(panels: dict[str, dict[str, _Value]]) -> None:
+    """Flags and masks are read once for all panels: raises FormatError where one has its own."""
+    (first, of_first), *others = panels.items()
+    for name in (*_FLAGS, *_OF_MASK):
+        for panel, values in others:
+            one, other = of_first.get(name), values.get(name)
+            if (one and one.text) != (other and other.text):
+                at = next(value.at for value in (other, one) if value)
+                raise FormatError(
+                    f"{at}: {name} of panel {_shown(panel)} is not that of panel {_shown(first)}: "
+                    "give all panels the same, above the first one"
+                )
 
 
 def tuned_geometry_text(text: str, geometry: Geometry, parameters: Parameters) -> str:
@@ -446,15 +488,12 @@ def format_geometry(geometry: Geometry, *, comment: str = "") -> str:
         f"adu_per_photon = {geometry.adu_per_photon:.6f}",
     ]
     for name, value in (
-        ("max_adu", geometry.max_adu),
         ("flag_lessthan", geometry.flag_below),
         ("flag_morethan", geometry.flag_above),
-        ("flag_equal", geometry.flag_equal),
+        *(("flag_equal", value) for value in geometry.flag_equal),
     ):
         if math.isfinite(value):
             lines.append(f"{name} = {value:.6f}")
-    if geometry.edge_px:
-        lines.append(f"mask_edge_pixels = {geometry.edge_px}")
     for number, mask in enumerate(geometry.masks):
         lines.append(f"mask{number}_data = {mask.data}")
         if mask.file:
@@ -481,6 +520,8 @@ def format_geometry(geometry: Geometry, *, comment: str = "") -> str:
             f"{name}/coffset = {geometry.coffset_m[panel]:.9f}",
             f"{name}/res = {geometry.res_per_m[panel]:.6f}",
         ]
+        if geometry.edge_px[panel]:
+            lines.append(f"{name}/mask_edge_pixels = {geometry.edge_px[panel]}")
         if geometry.bad_panels[panel]:
             lines.append(f"{name}/no_index = 1")
     for number, region in enumerate(geometry.bad_regions):
@@ -504,9 +545,15 @@ _OVERALL = (
 )
 _OF_PANEL = (
     "min_fs", "max_fs", "min_ss", "max_ss", "corner_x", "corner_y", "fs", "ss", "coffset", "res",
-    "data", "adu_per_eV", "adu_per_photon", "max_adu", "no_index", "mask_edge_pixels",
+    "data", "adu_per_eV", "adu_per_photon", "no_index", "mask_edge_pixels",
     "flag_lessthan", "flag_morethan", "flag_equal",
 )  # fmt: skip
+_FLAGS = ("flag_lessthan", "flag_morethan", "flag_equal")
+_OF_MASK = tuple(
+    f"mask{number}_{what}"
+    for number in range(8)
+    for what in ("data", "file", "goodbits", "badbits")
+)
 _OF_PANEL_PATTERN = re.compile(r"dim\d{1,2}|mask[0-7]_(?:data|file|goodbits|badbits)")
 _OF_REGION = (
     "min_x", "max_x", "min_y", "max_y", "min_fs", "max_fs", "min_ss", "max_ss", "panel",
@@ -519,10 +566,10 @@ _MASK_SYNONYMS = {
 }
 _UNUSED = frozenset(
     (
-        "saturation_map", "saturation_map_file", "badrow_direction", "peak_list",
+        "max_adu", "saturation_map", "saturation_map_file", "badrow_direction", "peak_list",
         "peak_list_type", "peak_info_location", "rail_direction", "clen_for_centering",
         "beam_divergence", "beam_bandwidth", "profile_radius", "polarization", "integr_radius",
-        "peak_sep", "badrow_direction", "min_sep",
+        "peak_sep", "min_sep",
     )
 )  # fmt: skip
 """Known to some version of CrystFEL, and without a meaning here."""
@@ -544,6 +591,9 @@ class _Value:
 
     def number(self) -> float:
         return _number(self.text, self.at)
+
+    def numbers(self) -> tuple[float, ...]:
+        return tuple(_number(text, self.at) for text in self.text.split())
 
     def flag(self) -> bool:
         return self.text.lower() in ("true", "yes") or (
@@ -610,11 +660,13 @@ def _looked_up(
     overall: dict[str, _Value],
     name: str,
     source: str,
-    frame: Frame | None,
+    frames: Sequence[Frame],
     units: dict[str, float],
     default: str,
     default_of_header: str,
+    slack: float = 0.0,
 ) -> float:
+    """A number, or the middle one of what the frames say: within 1 %, or ``slack``, of it all."""
     if name not in overall:
         raise FormatError(f"{source}: no {name}: add a line such as `{name} = ...`")
     value = overall[name]
@@ -624,34 +676,50 @@ def _looked_up(
     unit = unit_given[0] if unit_given else default_of_header
     if unit not in units:
         raise FormatError(f"{value.at}: the unit {_shown(unit)} is not one of {', '.join(units)}")
-    if frame is None:
+    if not frames:
         raise FormatError(
             f"{value.at}: {name} is looked up in the data ({path}): frames are needed to know it, "
             f"or write a number"
         )
-    return _header(frame, path, value.at) * units[unit]
+    found = np.concatenate(
+        [
+            _headers(file, list(group), path, value.at)
+            for file, group in itertools.groupby(frames, lambda frame: frame.path)
+        ]
+    )
+    middle = float(np.median(found))
+    farthest = float(found[np.argmax(np.abs(found - middle))])
+    if abs(farthest - middle) > MAX_SPREAD * abs(middle) + slack / units[unit]:
+        raise FormatError(
+            f"{value.at}: {name} is {middle:g} in the middle of the frames and {farthest:g} at its "
+            "farthest, and one value serves all: split the list by it, or write a number"
+        )
+    return middle * units[unit]
 
 
-def _header(frame: Frame, path: str, at: str) -> float:
-    """A number kept in the frame's file, one for all frames or one for each."""
+def _headers(file_path: str, frames: Sequence[Frame], path: str, at: str) -> FloatArray:
+    """Numbers kept in the frames' file, one for all frames or one for each."""
     try:
-        with h5py.File(frame.path, "r") as file:
+        with h5py.File(file_path, "r") as file:
             node = file[path]
             if not isinstance(node, h5py.Dataset):
-                raise FormatError(f"{at}: {path} of {frame.path} is no dataset")
+                raise FormatError(f"{at}: {path} of {file_path} is no dataset")
             numbers = np.asarray(node[()], dtype=float).reshape(-1)
     except FormatError:
         raise
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise FormatError(f"{at}: cannot read {path} of {frame.path}: {error}") from error
-    event = re.search(r"//(\d+)", frame.event)
-    index = int(event[1]) if event and numbers.size > 1 else 0
-    if index >= numbers.size or not math.isfinite(numbers[index]):
-        raise FormatError(f"{at}: {path} of {frame.path} has no number for frame {frame}")
-    return float(numbers[index])
+        raise FormatError(f"{at}: cannot read {path} of {file_path}: {error}") from error
+    found = []
+    for frame in frames:
+        event = re.search(r"//(\d+)", frame.event)
+        here = numbers[int(event[1]) :][:1] if event and numbers.size > 1 else numbers
+        if not here.size or not np.isfinite(here).all():
+            raise FormatError(f"{at}: {path} of {file_path} has no number for frame {frame}")
+        found.append(here)
+    return np.concatenate(found)
 
 
-def _photon_energy_eV(overall: dict[str, _Value], source: str, frame: Frame | None) -> float:
+def _photon_energy_eV(overall: dict[str, _Value], source: str, frames: Sequence[Frame]) -> float:
     given = [
         name for name in ("photon_energy", "wavelength", "electron_voltage") if name in overall
     ]
@@ -663,11 +731,11 @@ def _photon_energy_eV(overall: dict[str, _Value], source: str, frame: Frame | No
         )
     if given == ["wavelength"]:
         units = {"m": 1e10, "A": 1.0}
-        wavelength = _looked_up(overall, "wavelength", source, frame, units, "m", "m")
+        wavelength = _looked_up(overall, "wavelength", source, frames, units, "m", "m")
         energy = HC_EV_A / wavelength if wavelength > 0 else math.nan
     else:
         units = {"eV": 1.0, "keV": 1e3}
-        energy = _looked_up(overall, "photon_energy", source, frame, units, "eV", "eV")
+        energy = _looked_up(overall, "photon_energy", source, frames, units, "eV", "eV")
     if not 100 < energy < 1e6:
         raise FormatError(
             f"{_first(overall, given, source)}: a photon energy of {energy:g} eV cannot be right"
@@ -702,7 +770,7 @@ def _plane(values: dict[str, _Value]) -> Plane:
     return Plane(data=data, dims=tuple(dims))
 
 
-def _masks(values: dict[str, _Value]) -> tuple[Mask, ...]:
+def _masks(values: dict[str, _Value], folder: str) -> tuple[Mask, ...]:
     masks = []
     for number in range(8):
         if (data := values.get(f"mask{number}_data")) is None:
@@ -712,7 +780,7 @@ def _masks(values: dict[str, _Value]) -> tuple[Mask, ...]:
         masks.append(
             Mask(
                 data=data.text,
-                file=file.text if file else "",
+                file=os.path.join(folder, file.text) if file else "",
                 good_bits=good.bits() if good else 0,
                 bad_bits=bad.bits() if bad else 0,
             )
@@ -757,7 +825,7 @@ def read_cell(path: PathLike) -> UnitCell:
     Raises:
         FormatError: what is wrong, in which line, and what to do.
     """
-    return parse_cell(_read_text(path), os.fspath(path))
+    return parse_cell(read_text(path), os.fspath(path))
 
 
 def parse_cell(text: str, source: str = "cell") -> UnitCell:
@@ -861,7 +929,7 @@ def read_frames(path: PathLike) -> tuple[Frame, ...]:
         FormatError: what is wrong, in which line. That the files exist is not checked.
     """
     folder = Path(os.path.abspath(path)).parent
-    return parse_frames(_read_text(path), os.fspath(path), folder)
+    return parse_frames(read_text(path), os.fspath(path), folder)
 
 
 def parse_frames(text: str, source: str = "list", folder: PathLike = "/") -> tuple[Frame, ...]:
@@ -960,24 +1028,26 @@ def read_image(geometry: Geometry, frame: Frame) -> NDArray[Any]:
     return next(read_images(geometry, (frame,)))
 
 
-def good_pixels(geometry: Geometry, frame: Frame | None = None) -> BoolArray:
+def good_pixels(
+    geometry: Geometry, frame: Frame | None = None, masks: Sequence[Mask] | None = None
+) -> BoolArray:
     """(R, C) pixels that may be used: on a panel, not in a bad region, not masked.
 
     Args:
         geometry: with regions and masks.
         frame: whose file holds the masks; may be None where no mask is in the data.
+        masks: None = all of the geometry's.
 
     Raises:
         FormatError: a mask that is not there.
     """
     good = (geometry.panel_index >= 0).copy()
-    edge = geometry.edge_px
     for panel, (fs0, fs1, ss0, ss1) in enumerate(geometry.window):
         row = geometry.row_offset[panel]
         view = good[row + ss0 : row + ss1 + 1, fs0 : fs1 + 1]
         if geometry.bad_panels[panel]:
             view[:] = False
-        elif edge:
+        elif edge := geometry.edge_px[panel]:
             view[:edge], view[-edge:], view[:, :edge], view[:, -edge:] = (False,) * 4
     for region in geometry.bad_regions:
         low, high = region.low, region.high
@@ -993,7 +1063,15 @@ def good_pixels(geometry: Geometry, frame: Frame | None = None) -> BoolArray:
             fs = slice(max(math.ceil(low[0]), fs0), max(math.floor(min(high[0], fs1)) + 1, 0))
             ss0, ss1 = max(math.ceil(low[1]), ss0), max(math.floor(min(high[1], ss1)) + 1, 0)
             good[row + ss0 : row + ss1, fs] = False
-    for mask in geometry.masks:
+    return good & unmasked(geometry, frame, geometry.masks if masks is None else masks)
+
+
+def unmasked(
+    geometry: Geometry, frame: Frame | None, masks: Sequence[Mask]
+) -> BoolArray | np.bool_:
+    """(R, C), or one True, where no mask says that a pixel is bad; see ``good_pixels``."""
+    good: BoolArray | np.bool_ = np.True_
+    for mask in masks:
         path = mask.file or (frame.path if frame else "")
         if not path:
             raise FormatError(f"the mask {mask.data} is in the frames' files: a frame is needed")
@@ -1001,8 +1079,22 @@ def good_pixels(geometry: Geometry, frame: Frame | None = None) -> BoolArray:
             event = frame.event if frame else ""
             planes = [replace(plane, data=mask.data) for plane in geometry.planes]
             bits = _stacked(geometry, file, planes, event, is_mask=True).astype(np.int64)
-        good &= (bits & mask.good_bits == mask.good_bits) & (bits & mask.bad_bits == 0)
+        good = good & (bits & mask.good_bits == mask.good_bits) & (bits & mask.bad_bits == 0)
     return good
+
+
+def masks_by_frame(geometry: Geometry, path: str) -> tuple[Mask, ...]:
+    """Those masks that are not the same for all frames of a file. Raises FormatError."""
+    dims = geometry.planes[0].dims
+
+    def has_frames(mask: Mask) -> bool:
+        if "%" in mask.data or "%" not in dims:
+            return "%" in mask.data
+        with _open(mask.file or path) as file:
+            node = file.get(mask.data)
+            return isinstance(node, h5py.Dataset) and node.ndim == len(dims)
+
+    return tuple(mask for mask in geometry.masks if has_frames(mask))
 
 
 def _open(path: str) -> h5py.File:
@@ -1023,13 +1115,42 @@ def _stacked(
     event: str,
     is_mask: bool = False,
 ) -> NDArray[Any]:
-    height, width = geometry.plane_rows, geometry.shape[1]
-    found = [_plane_data(file, plane, event, (height, width), is_mask) for plane in planes]
+    shape = geometry.plane_rows, geometry.shape[1]
+    planes, modules = _together(tuple(planes))
+    found = [_plane_data(file, plane, event, shape, is_mask, modules) for plane in planes]
     return found[0] if len(found) == 1 else np.concatenate(found)
 
 
+@lru_cache(maxsize=64)
+def _together(planes: tuple[Plane, ...]) -> tuple[tuple[Plane, ...], _Modules | None]:
+    """Planes as one that is read at once, where they differ in one fixed index only."""
+    first = planes[0]
+    columns = list(zip(*(plane.dims for plane in planes), strict=False))
+    varied = [axis for axis, column in enumerate(columns) if len(set(column)) > 1]
+    is_alike = len({(plane.data, len(plane.dims)) for plane in planes}) == 1 and len(varied) == 1
+    if not is_alike or not all(isinstance(dim, int) for dim in columns[varied[0]]):
+        return planes, None
+    numbers = np.array(columns[varied[0]])
+    if np.ptp(numbers) >= 2 * len(numbers):  # most of what lies between is of no use
+        return planes, None
+    return (first,), _Modules(axis=varied[0], numbers=numbers)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Modules:
+    """Which of the modules along an axis of the data are stacked on the slab."""
+
+    axis: int
+    numbers: IntArray
+
+
 def _plane_data(
-    file: h5py.File, plane: Plane, event: str, shape: tuple[int, int], is_mask: bool
+    file: h5py.File,
+    plane: Plane,
+    event: str,
+    shape: tuple[int, int],
+    is_mask: bool,
+    modules: _Modules | None,
 ) -> NDArray[Any]:
     names, _, numbers = event.partition("//")
     where = f"{file.filename}: {plane.data}"
@@ -1042,7 +1163,10 @@ def _plane_data(
         raise FormatError(f"{where}: there is no such dataset ({error})") from error
     if not isinstance(node, h5py.Dataset):
         raise FormatError(f"{where}: is a group, and must be a dataset: check `data` of the .geom")
-    dims, events = plane.dims, [int(n) for n in numbers.split("/") if n]
+    dims: tuple[Any, ...] = plane.dims
+    if modules:
+        dims = (*dims[: modules.axis], modules, *dims[modules.axis + 1 :])
+    events = [int(n) for n in numbers.split("/") if n]
     if is_mask and node.ndim == len(dims) - dims.count("%"):  # one for all frames
         dims, events = tuple(dim for dim in dims if dim != "%"), []
     if node.ndim != len(dims):
@@ -1061,12 +1185,21 @@ def _plane_data(
                 raise FormatError(f"{where}: {size} px along {dim}, while the .geom needs {need}")
             index.append(slice(0, need))
             continue
-        at = events.pop(0) if dim == "%" else int(dim)
+        if isinstance(dim, _Modules):
+            low, at = int(dim.numbers.min()), int(dim.numbers.max())
+            index.append(slice(low, at + 1))
+        else:
+            at = events.pop(0) if dim == "%" else int(dim)
+            index.append(at)
         if at >= size:
             raise FormatError(f"{where}: number {at} of an axis with {size} (counted from 0)")
-        index.append(at)
     try:
-        return node[tuple(index)]
+        data = node[tuple(index)]
+        if modules is None:
+            return data
+        along = sum(isinstance(i, slice) for i in index[: dims.index(modules)])
+        stack = np.moveaxis(data, along, 0)
+        return stack[modules.numbers - modules.numbers.min()].reshape(-1, shape[1])
     except (OSError, ValueError) as error:
         raise FormatError(f"{where}: cannot be read: {error}") from error
 
@@ -1074,7 +1207,8 @@ def _plane_data(
 # -------------------------------------------------------------------------------- text
 
 
-def _read_text(path: PathLike) -> str:
+def read_text(path: PathLike) -> str:
+    """A text file whatever its bytes. Raises FormatError where it cannot be read, or is huge."""
     try:
         size = os.stat(path).st_size
         if size > MAX_TEXT_BYTES:

@@ -28,8 +28,10 @@ from envs.crystfel.sfx.formats import (
     PathLike,
     format_cell,
     good_pixels,
+    masks_by_frame,
     read_images,
     tuned_geometry_text,
+    unmasked,
 )
 from envs.crystfel.sfx.index import Crystal, KnownCell, index_peaks
 from envs.crystfel.sfx.peaks import Peaks, PixelMap, find_peaks, pixel_map
@@ -37,7 +39,7 @@ from envs.crystfel.sfx.spots import mean_offsets, spot_offsets
 from envs.crystfel.sfx.stream import Stream, StreamChunk, crystal_of, stream_peaks, write_stream
 from envs.crystfel.types import BoolArray, FloatArray, Frame, IndexingResult, IntArray, Parameters
 
-VERSION = "embedded 7"
+VERSION = "embedded 8"
 """Goes up with every change that changes results: memos and kept peaks of older ones are unread."""
 
 _OF_PEAKS = (
@@ -163,11 +165,12 @@ class EmbeddedIndexer:
                     crystals=tuple(crystals),
                 )
             )
-        text = self.experiment.geometry_path.read_text(errors="replace")
         stream = Stream(
             generator=f"ssl2rl-ray, {self.version}",
             command="",
-            geometry_text=tuned_geometry_text(text, self.experiment.geometry, parameters),
+            geometry_text=tuned_geometry_text(
+                self.experiment.geometry_text, self.experiment.geometry, parameters
+            ),
             cell_text=format_cell(self.experiment.cell),
             chunks=tuple(chunks),
         )
@@ -197,10 +200,16 @@ class EmbeddedIndexer:
 
     def _find(self, parameters: Parameters, frames: Sequence[Frame]) -> list[Peaks]:
         geometry, found = self.experiment.geometry, []
+        path, pixels, masks = "", None, ()
         try:
             for frame, image in zip(frames, read_images(geometry, frames), strict=True):
-                pixels = self.pixels(parameters, frame)
-                found.append(find_peaks(_without_flagged(image, geometry), pixels, parameters))
+                if pixels is None or frame.path != path:
+                    path, pixels = frame.path, self.pixels(parameters, frame)
+                    masks = masks_by_frame(geometry, path)
+                image = _without_flagged(image, geometry)
+                if masks:
+                    image = np.where(unmasked(geometry, frame, masks), image, np.float32(np.nan))
+                found.append(find_peaks(image, pixels, parameters))
         except (FormatError, OSError) as error:
             raise IndexerError(str(error)) from error
         return found
@@ -210,15 +219,14 @@ class EmbeddedIndexer:
         return KnownCell(self.experiment.cell)
 
     def pixels(self, parameters: Parameters, frame: Frame) -> PixelMap:
-        """Which pixels are searched; masks in the data are read once per file."""
+        """Which pixels of a frame's file are searched; masks of single frames come on top."""
         geometry = self.experiment.geometry
-        key = (
-            parameters.min_res_px,
-            parameters.max_res_px,
-            frame.path if geometry.masks else "",
-        )
+        own = masks_by_frame(geometry, frame.path)
+        common = [mask for mask in geometry.masks if mask not in own]
+        usable = self._unmasked & unmasked(geometry, frame, common)
+        digest = hashlib.sha256(np.packbits(usable).tobytes()).digest()
+        key = (parameters.min_res_px, parameters.max_res_px, digest)
         if key not in self._maps:
-            usable = good_pixels(geometry, frame)
             try:
                 self._maps[key] = pixel_map(
                     geometry.radius_px,
@@ -230,7 +238,12 @@ class EmbeddedIndexer:
                 raise IndexerError(f"{self.experiment.geometry_path}: {error}") from error
             while len(self._maps) > 4:
                 self._maps.popitem(last=False)
+        self._maps.move_to_end(key)
         return self._maps[key]
+
+    @cached_property
+    def _unmasked(self) -> BoolArray:
+        return good_pixels(self.experiment.geometry, masks=())
 
     def _kept_of(self, parameters: Parameters) -> _Kept:
         values = "|".join(f"{name}={getattr(parameters, name)!r}" for name in _OF_PEAKS)
@@ -313,8 +326,8 @@ def _without_flagged(image: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
         is_bad = is_bad | (image < geometry.flag_below)
     if np.isfinite(geometry.flag_above):
         is_bad = is_bad | (image > geometry.flag_above)
-    if np.isfinite(geometry.flag_equal):
-        is_bad = is_bad | (image == geometry.flag_equal)
+    for value in geometry.flag_equal:
+        is_bad = is_bad | (image == value)
     if not np.any(is_bad):
         return image
     return np.where(is_bad, np.float32(np.nan), image.astype(np.float32))
