@@ -68,6 +68,12 @@ class TensorBoard:
         self._writer.add_image(tag, image, step, dataformats="HWC")
         self._writer.flush()
 
+    def bands(self, charts: Mapping[str, tuple[str, str, str]]) -> None:
+        """Charts of the tab "custom scalars": tags of a curve, its lower and its upper bound."""
+        layout = {name: ["Margin", list(tags)] for name, tags in charts.items()}
+        self._writer.add_custom_scalars({"bands": layout})
+        self._writer.flush()
+
     def close(self) -> None:
         """Ends the event file."""
         self._writer.close()

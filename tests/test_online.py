@@ -49,6 +49,13 @@ from ssl2rl_ray.online.decide import (
 from ssl2rl_ray.online.run import Done, InlineWorkers, RayWorkers, Until, serve
 from ssl2rl_ray.online.source import GrowingFolder, GrowingList
 from ssl2rl_ray.online.store import OnlineError, Store
+from ssl2rl_ray.tensorboard import TensorBoard
+from ssl2rl_ray.tuning.compare import (
+    Comparison,
+    draw_comparison,
+    format_comparison,
+    log_comparison,
+)
 
 SMALL = OnlineConfig(
     num_cache_frames=8,
@@ -997,6 +1004,39 @@ def test_mistakes_are_told(data, tmp_path, capsys, words, says):
 
     assert main([*online_command(data, tmp_path / "o"), *words]) == 2
     assert says in capsys.readouterr().err
+
+
+# ---- a band over initialisations -----------------------------------------------------------------
+
+
+def test_policies_of_several_trainings_make_a_band(tmp_path):
+    reached = {
+        "keep-initial": np.full((2, 2), 0.1),
+        "ppo-1": np.array([[0.2, 0.4], [0.4, 0.6]]),
+        "ppo-2": np.array([[0.2, 0.8], [0.4, 1.0]]),
+    }
+    found = Comparison(
+        budgets=np.array([200, 400]),
+        reached=reached,
+        best=np.ones(2),
+        agent_s=dict.fromkeys(reached, 0.0),
+        num_evaluations=dict.fromkeys(reached, 2.0),
+        policies=("ppo-1", "ppo-2"),
+    ).as_json()
+    assert found["band"]["of"] == ["ppo-1", "ppo-2"]
+    assert found["band"]["mean"] == pytest.approx([0.3, 0.7])
+    assert found["band"]["rms"] == pytest.approx([0.0, 0.2])
+    assert "2 policies end at 0.700 ± 0.200" in format_comparison(found)
+    assert draw_comparison(found).startswith(b"\x89PNG")
+    with TensorBoard(tmp_path) as board:
+        log_comparison(found, board)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    upper = [(event.step, event.value) for event in events.Scalars("band/upper")]
+    assert upper == [(200, pytest.approx(0.3)), (400, pytest.approx(0.9))]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
 
 
 # ---- as a process that is ended ------------------------------------------------------------------

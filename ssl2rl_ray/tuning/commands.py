@@ -72,6 +72,7 @@ def add_commands(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> Non
     sub.add_argument("--processes", type=int, default=1, help="Ray tasks at once (%(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     sub.add_argument("--figure", metavar="PNG", help="draw the curves")
+    sub.add_argument("--tensorboard", metavar="DIR", help="write the curves for TensorBoard")
 
 
 def add_data(sub: argparse.ArgumentParser) -> None:
@@ -232,6 +233,7 @@ def compare(args: argparse.Namespace, progress: Progress) -> Result:
                 num_first_frames=args.race_frames or None,
                 best=best,
                 seed=args.seed,
+                policies=[name for name in makes if name not in names],
                 on_step=progress,
             ).as_json()
         except IndexerError as error:
@@ -240,6 +242,12 @@ def compare(args: argparse.Namespace, progress: Progress) -> Result:
     if args.figure:
         Path(args.figure).write_bytes(comparing.draw_comparison(found))
         text += f"\n{args.figure}: the curves"
+    if args.tensorboard:
+        from ssl2rl_ray.tensorboard import TensorBoard
+
+        with TensorBoard(Path(args.tensorboard)) as board:
+            comparing.log_comparison(found, board)
+        text += f"\n{args.tensorboard}: for TensorBoard, the band under custom scalars"
     return {"data": args.data, "budget_frames": args.budget_frames, **found}, text
 
 

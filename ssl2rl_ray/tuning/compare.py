@@ -25,6 +25,7 @@ from envs.crystfel.surrogate import (
 )
 from envs.crystfel.types import BoolArray, FloatArray, Frame, IntArray, Parameters, TuningConfig
 from ssl2rl_ray.stats import or_none, paired_difference, summarize
+from ssl2rl_ray.tensorboard import TensorBoard
 from ssl2rl_ray.tuning.policy import TuningPolicy
 
 OnStep = Callable[[str, float, str | None], None]
@@ -117,6 +118,13 @@ class Comparison:
     """Seconds that a contestant thought, of all seeds."""
     num_evaluations: Mapping[str, float]
     """Mean over seeds."""
+    policies: tuple[str, ...] = ()
+    """Contestants that are one recipe, trained from several initialisations."""
+
+    def band(self) -> tuple[FloatArray, FloatArray]:
+        """(B,) mean of the policies' curves and the root mean square about it, as of the seed."""
+        curves = np.array([self.reached[name].mean(0) for name in self.policies])
+        return curves.mean(0), np.sqrt(((curves - curves.mean(0)) ** 2).mean(0))
 
     def frames_to(self, share: float) -> dict[str, FloatArray]:
         """(S,) frames until a share of the best is recommended; infinite = not within budget."""
@@ -134,7 +142,12 @@ class Comparison:
         names = list(self.reached)
         ours = names[-1]
         to_95 = self.frames_to(0.95)
+        band = None
+        if len(self.policies) > 1:
+            mean, rms = self.band()
+            band = {"of": list(self.policies), "mean": mean.tolist(), "rms": rms.tolist()}
         return {
+            "band": band,
             "budgets": self.budgets.tolist(),
             "num_seeds": len(self.best),
             "best_fraction": float(self.best.mean()),
@@ -166,6 +179,7 @@ def compare(
     best: FloatArray | None = None,
     num_budgets: int = 12,
     seed: int = 0,
+    policies: Sequence[str] = (),
     on_step: OnStep | None = None,
 ) -> Comparison:
     """Lets every contestant tune every arena within a budget of frames.
@@ -179,6 +193,7 @@ def compare(
         best: (S,) the best that can be reached; None = the highest that anybody did.
         num_budgets: B, evenly spaced in the logarithm.
         seed: of the optimisers.
+        policies: of the contestants, those that make a band (``Comparison.policies``).
         on_step: told what is under way.
 
     Raises:
@@ -225,6 +240,7 @@ def compare(
         best=np.maximum(highest if best is None else best, 1e-9),
         agent_s=thought,
         num_evaluations={name: float(np.mean(counts)) for name, counts in evaluated.items()},
+        policies=tuple(policies),
     )
 
 
@@ -287,7 +303,22 @@ def format_comparison(found: dict[str, Any]) -> str:
             cells += f"{row['fraction'][i]:.3f}{interval}".rjust(18)
         to_95 = row["frames_to_95"]
         lines.append(f"{name:<{width}}{cells}{'never' if to_95 is None else f'{to_95:,.0f}':>10}")
+    if (band := found.get("band")) is not None:
+        ends = f"{band['mean'][-1]:.3f} ± {band['rms'][-1]:.3f}"
+        lines.append(f"{len(band['of'])} policies end at {ends} (root mean square about the mean)")
     return "\n".join(lines)
+
+
+def log_comparison(found: dict[str, Any], board: TensorBoard) -> None:
+    """Curves against frames spent, and the band of the policies, for TensorBoard."""
+    for name, row in found["contestants"].items():
+        for budget, fraction in zip(found["budgets"], row["fraction"], strict=True):
+            board.log({f"compare/{name}": fraction}, budget)
+    if (band := found.get("band")) is not None:
+        tags = ("band/mean", "band/lower", "band/upper")
+        for budget, mean, rms in zip(found["budgets"], band["mean"], band["rms"], strict=True):
+            board.log(dict(zip(tags, (mean, mean - rms, mean + rms), strict=True)), budget)
+        board.bands({"indexed fraction over initialisations": tags})
 
 
 _COLOURS = ("#7a7a7a", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#0072b2")
@@ -305,7 +336,9 @@ def draw_comparison(found: dict[str, Any]) -> bytes:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for number, (name, row) in enumerate(found["contestants"].items()):
+    band = found.get("band") or {"of": ()}
+    rows = {name: row for name, row in found["contestants"].items() if name not in band["of"]}
+    for number, (name, row) in enumerate(rows.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         axes.plot(
             found["budgets"],
@@ -316,6 +349,11 @@ def draw_comparison(found: dict[str, Any]) -> bytes:
         )
         bands = np.array(row["ci95"], float)
         axes.fill_between(found["budgets"], *bands.T, color=colour, alpha=0.12, linewidth=0)
+    if band["of"]:
+        mean, rms = np.array(band["mean"]), np.array(band["rms"])
+        axes.plot(found["budgets"], mean, color="#0072b2", marker="o", linewidth=2.5,
+                  label=f"{len(band['of'])} policies (band: rms over trainings)")  # fmt: skip
+        axes.fill_between(found["budgets"], mean - rms, mean + rms, color="#0072b2", alpha=0.25)
     axes.axhline(found["best_fraction"], color="#7a7a7a", linestyle=":", linewidth=1)
     axes.set(xscale="log", xlabel="frames spent", ylabel="indexed fraction of unseen frames")
     axes.set_ylim(bottom=0)
