@@ -19,11 +19,14 @@ from envs.cryoem.types import ActionLevel, FeatureSet, NavigationConfig, Preset
 from envs.crystfel.types import TuningConfig
 from ssl2rl_ray import schema
 from ssl2rl_ray.recipes import (
+    A2CConfig,
     DQNConfig,
     NavigationAlgorithm,
+    PolicyAlgorithm,
     PPOConfig,
     RainbowConfig,
     TuningAlgorithm,
+    TuningPPOConfig,
     ValueAlgorithm,
 )
 from ssl2rl_ray.schema import (
@@ -453,7 +456,7 @@ class CrystFELRunConfig:
     seed: int = 0
     env: TuningConfig = field(default_factory=TuningConfig)
     experiments: ExperimentsConfig = field(default_factory=ExperimentsConfig)
-    algorithm: TuningAlgorithm = field(default_factory=PPOConfig)
+    algorithm: TuningAlgorithm = field(default_factory=TuningPPOConfig)
     training: TuningTrainingConfig = field(default_factory=TuningTrainingConfig)
 
 
@@ -607,6 +610,8 @@ def _ssl2rl_problems(config: SSL2RLRunConfig) -> Iterator[str]:
     rules = {method.rule for method in methods}
     if "q-values" in rules and loop.navigator != "algorithm":
         yield f"loop.methods: q-values are of trained policies, loop.navigator is {loop.navigator}"
+    if "q-values" in rules and isinstance(config.algorithm, PolicyAlgorithm):
+        yield f"loop.methods: q-values need action values, and {config.algorithm.name} learns none"
     if config.pretraining.num_folds == 0:
         if "posterior" in rules or any(method.is_posterior_seen for method in methods):
             yield "loop.methods: the posterior needs pretraining.num_folds of 2 or more"
@@ -680,7 +685,7 @@ def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
                 )
     algorithm, training = config.algorithm, config.training
     if rules.feature_set != "rates":
-        if algorithm.dueling:
+        if isinstance(algorithm, ValueAlgorithm) and algorithm.dueling:
             yield (
                 "algorithm.dueling: a row is centred on the others in feature_set rates, not "
                 f"{rules.feature_set}"
@@ -692,11 +697,20 @@ def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
                 "algorithm.is_residual: the planner's surplus is in feature_set rates, not "
                 f"{rules.feature_set}"
             )
-    if algorithm.margin > 0 and (rules.feature_set != "rates" or algorithm.is_residual is False):
+    has_planner = rules.feature_set == "rates" and algorithm.is_residual is not False
+    num_streams = max(1, training.num_env_runners) * training.num_envs_per_runner
+    if isinstance(algorithm, PolicyAlgorithm):
+        if not has_planner:
+            yield from _ignored(algorithm, ("prior_scale",), "without the planner's surplus")
+        if training.is_buffer_saved:
+            yield f"training.is_buffer_saved: {algorithm.name} has no replay; leave it out"
+        yield from _policy_problems(algorithm, num_streams * training.rollout_length)
+        return
+    if algorithm.margin > 0 and not has_planner:
         yield "algorithm.margin: needs the planner: feature_set rates, and is_residual not false"
     yield from _value_problems(
         algorithm,
-        num_streams=max(1, training.num_env_runners) * training.num_envs_per_runner,
+        num_streams=num_streams,
         rollout_length=training.rollout_length,
         num_env_steps=training.num_env_steps,
     )
@@ -758,13 +772,21 @@ def _ignored(algorithm: Any, names: Sequence[str], why: str) -> Iterator[str]:
             yield f"algorithm.{name}: is ignored {why}"
 
 
-def _crystfel_problems(config: CrystFELRunConfig) -> Iterator[str]:
-    algorithm, training = config.algorithm, config.training
+def _policy_problems(algorithm: PolicyAlgorithm | TuningAlgorithm, num_rows: int) -> Iterator[str]:
+    """Of learning a policy from fragments of ``num_rows`` env steps, whatever the task."""
     if algorithm.final_learning_rate > algorithm.learning_rate:
         yield "algorithm.final_learning_rate: is above algorithm.learning_rate, from which it falls"
-    num_rows = config.env.num_steps * training.num_envs
-    if algorithm.num_minibatches > num_rows:
+    if algorithm.final_entropy_weight > algorithm.entropy_weight:
+        yield "algorithm.final_entropy_weight: is above entropy_weight, from which it falls"
+    if isinstance(algorithm, PPOConfig) and algorithm.num_minibatches > num_rows:
         yield f"algorithm.num_minibatches: an update has only {num_rows} env steps"
+    if isinstance(algorithm, A2CConfig) and algorithm.n_step is not None:
+        yield from _ignored(algorithm, ("trace_decay",), "by n-step returns; leave n_step out")
+
+
+def _crystfel_problems(config: CrystFELRunConfig) -> Iterator[str]:
+    num_streams = max(1, config.training.num_env_runners) * config.training.num_envs
+    yield from _policy_problems(config.algorithm, num_streams * config.env.num_steps)
 
 
 def _perception_problems(config: PerceptionRunConfig) -> Iterator[str]:

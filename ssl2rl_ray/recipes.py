@@ -121,33 +121,128 @@ class RainbowConfig(_ValueLearning):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig:
-    """Proximal policy optimisation, RLlib's (Schulman et al. 2017, arXiv:1707.06347)."""
+class _PolicyGradient:
+    """What learners of a policy and its value have in common."""
 
-    name: Literal["ppo"] = "ppo"
     learning_rate: Positive = 1e-3
     """Adam's, falling linearly to ``final_learning_rate`` over the run."""
     final_learning_rate: NonNegative = 1e-4
-    discount: PositiveShare = 0.95
-    """Of one evaluation: below 1, what is gained early counts more."""
     trace_decay: Share = 0.95
-    """lambda of the generalised advantage estimate."""
+    """lambda of the generalised advantage estimate (Schulman et al. 2016, arXiv:1506.02438)."""
+    entropy_weight: NonNegative = 0.0
+    """Of the policy's entropy, falling linearly to ``final_entropy_weight`` over the run."""
+    final_entropy_weight: NonNegative = 0.0
+    value_weight: NonNegative = 0.5
+    """Of the mean square error of the value."""
+    max_grad_norm: Positive = 1.0
+    reward_scale: Positive = 1.0
+    hidden_sizes: tuple[PositiveInt, ...] = (64, 64)
+    """Of the policy and of the value network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class A2CConfig(_PolicyGradient):
+    """Advantage actor-critic, synchronous (Mnih et al. 2016, arXiv:1602.01783).
+
+    One update for each fragment of ``training.rollout_length`` steps (t_max of the paper).
+    """
+
+    name: Literal["a2c"] = "a2c"
+    n_step: PositiveInt | None = None
+    """Rewards in a return before the value stands in, in place of ``trace_decay``.
+
+    None: ``trace_decay`` decides, 1 being the paper's, as many as the fragment has.
+    """
+    is_standardized: bool = True
+    """Advantages of an update are brought to mean 0 and sd 1; the paper takes them as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(_PolicyGradient):
+    """Proximal policy optimisation, RLlib's (Schulman et al. 2017, arXiv:1707.06347)."""
+
+    name: Literal["ppo"] = "ppo"
     clip: Positive = 0.2
     """epsilon of the clipped objective."""
-    entropy_weight: NonNegative = 0.0
-    value_weight: NonNegative = 0.5
     num_epochs: PositiveInt = 6
-    """Passes over the episodes of an update."""
+    """Passes over the steps of an update."""
     num_minibatches: PositiveInt = 4
     """Steps of the optimiser in a pass."""
-    max_grad_norm: Positive = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PolicyNavigation:
+    """What learning a policy on navigation asks besides."""
+
+    discount_per_min: PositiveShare = 0.97
+    """Discount of one minute of microscope time; a move of t minutes is discounted by power t."""
+    is_residual: bool | None = None
+    """Logits begin as the planner's surplus of the row, plus an MLP that begins at 0.
+
+    None: as the feature set allows: ``rates`` yes; ``paper`` and ``cryorl`` have no planner.
+    """
+    prior_scale: Positive = 4.0
+    """Residual: what one reward of the planner's surplus counts for in the logits at first."""
+    is_shaped: bool | None = None
+    """Learn only what the dual bound of the reward still to come does not foresee.
+
+    See DQN's; None: as the feature set allows: ``rates`` yes; ``paper`` and ``cryorl`` no.
+    """
+
+    @property
+    def discount(self) -> float:
+        """Of the unit of time."""
+        return self.discount_per_min
+
+
+@dataclass(frozen=True, kw_only=True)
+class NavigationA2CConfig(_PolicyNavigation, A2CConfig):
+    """Advantage actor-critic, synchronous and masked (Mnih et al. 2016, arXiv:1602.01783).
+
+    One update for each fragment of ``training.rollout_length`` steps (t_max of the paper).
+    """
+
+    entropy_weight: NonNegative = 0.01
+    reward_scale: Positive = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NavigationPPOConfig(_PolicyNavigation, PPOConfig):
+    """Proximal policy optimisation, RLlib's, masked (Schulman et al. 2017, arXiv:1707.06347)."""
+
+    entropy_weight: NonNegative = 0.003
+    num_epochs: PositiveInt = 3
+    reward_scale: Positive = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningA2CConfig(A2CConfig):
+    """Advantage actor-critic, synchronous (Mnih et al. 2016, arXiv:1602.01783).
+
+    One update for each episode of all experiments side by side.
+    """
+
+    discount: PositiveShare = 0.95
+    """Of one evaluation: below 1, what is gained early counts more."""
+    hidden_sizes: tuple[PositiveInt, ...] = (128, 128)
+    """Of the policy and of the value network, tanh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningPPOConfig(PPOConfig):
+    """Proximal policy optimisation, RLlib's (Schulman et al. 2017, arXiv:1707.06347)."""
+
+    discount: PositiveShare = 0.95
+    """Of one evaluation: below 1, what is gained early counts more."""
     hidden_sizes: tuple[PositiveInt, ...] = (128, 128)
     """Of the policy and of the value network, tanh."""
 
 
 ValueAlgorithm = DQNConfig | RainbowConfig
 """Those that learn action values from replay."""
-NavigationAlgorithm = DQNConfig | RainbowConfig
+PolicyAlgorithm = NavigationA2CConfig | NavigationPPOConfig
+"""Those that learn a policy and its value on navigation."""
+NavigationAlgorithm = DQNConfig | RainbowConfig | NavigationA2CConfig | NavigationPPOConfig
 """What ``algorithm`` may be in runs of kind navigation and ssl2rl, the default first."""
-TuningAlgorithm = PPOConfig
+TuningAlgorithm = TuningPPOConfig | TuningA2CConfig
 """What ``algorithm`` may be in runs of kind crystfel, the default first."""

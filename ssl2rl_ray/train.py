@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import pickle
-import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,17 +24,17 @@ from envs.cryoem.rewards import highest_return
 from envs.cryoem.stack import SessionStack
 from envs.cryoem.synthetic import PRESETS, draw_session, redraw_labels, synthetic_calibration
 from envs.cryoem.types import FloatArray, HoleTable, NavigationConfig
+from ssl2rl_ray.algorithms.actor_critic import NavigationActorCritic, make_actor_critic
 from ssl2rl_ray.algorithms.module import linear_epsilon
 from ssl2rl_ray.algorithms.networks import QNetwork, Support, choose, make_network, support_of
 from ssl2rl_ray.algorithms.policy import Artefact
 from ssl2rl_ray.config import NavigationRunConfig, check, navigation_config
 from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.data.splits import label_marks
+from ssl2rl_ray.learn import Task, learn, training_row
 from ssl2rl_ray.local_ray import local_ray
-from ssl2rl_ray.recipes import RainbowConfig
-from ssl2rl_ray.runs import RunDirectory, on_interrupt
-from ssl2rl_ray.schema import to_dict, to_yaml
-from ssl2rl_ray.tensorboard import TensorBoard
+from ssl2rl_ray.recipes import PolicyAlgorithm, RainbowConfig, ValueAlgorithm
+from ssl2rl_ray.runs import RunDirectory
 
 _VALIDATION_SEED = 20210331
 _STARTS_PER_SESSION = 8
@@ -225,9 +221,17 @@ def training_env(config: NavigationRunConfig, *, num_envs: int, seed: int) -> Cr
 
 def network_for(
     config: NavigationRunConfig, stack: SessionStack | None, initial_noise: float | None = None
-) -> QNetwork:
+) -> QNetwork | NavigationActorCritic:
     """The network that the config asks for, on a stack of sessions; without noise it is judged."""
     algorithm = config.algorithm
+    if isinstance(algorithm, PolicyAlgorithm):
+        return make_actor_critic(
+            navigation_config(config.env),
+            stack,
+            hidden_sizes=algorithm.hidden_sizes,
+            is_residual=is_residual(config),
+            prior_scale=algorithm.prior_scale,
+        )
     return make_network(
         navigation_config(config.env),
         stack,
@@ -241,7 +245,7 @@ def network_for(
     )
 
 
-def training_network(config: NavigationRunConfig) -> QNetwork:
+def training_network(config: NavigationRunConfig) -> QNetwork | NavigationActorCritic:
     """The network on the training sessions, with noise where the algorithm explores by it."""
     algorithm, noise = config.algorithm, None
     if isinstance(algorithm, RainbowConfig) and algorithm.is_noisy:
@@ -312,7 +316,7 @@ class Validation:
         return row
 
 
-def play(env: CryoEMVectorEnv, network: QNetwork) -> FloatArray:
+def play(env: CryoEMVectorEnv, network: QNetwork | NavigationActorCritic) -> FloatArray:
     """(E,) returns of one episode in each of the env's sessions, in order."""
     observation, _ = env.reset(seed=_VALIDATION_SEED, options={"session": np.arange(env.num_envs)})
     returns, is_running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
@@ -350,7 +354,6 @@ def train(
     from ssl2rl_ray.algorithms.registry import ALGORITHMS
 
     check(config)
-    progress = progress or _print_row
     training = config.training
     torch.set_num_threads(training.num_torch_threads)
     sessions = sessions_of(config)
@@ -365,170 +368,56 @@ def train(
             potential=dual_bound if is_shaped(config) else None,
         )
         stack.callback(algorithm.stop)
-        if run.latest is not None:
-            algorithm.restore_checkpoint(_read_state(run.latest))
-            _keep_best(run)  # it may have been killed between the two
-        first_step = algorithm.num_env_steps
         validation = Validation(config)
-        board = stack.enter_context(TensorBoard(run.path / "tensorboard", first_step=first_step))
-        if not first_step:
-            board.begin(to_dict(config), to_yaml(config), "validation/episode_return")
-            _look(config, run, algorithm, validation, board, {}, progress)
-        interrupted = stack.enter_context(on_interrupt())
-        clock = _Clock(first_step)
-        next_look = _next_multiple(first_step, training.evaluation_interval_steps)
-        while algorithm.num_env_steps < training.num_env_steps:
-            result = algorithm.train()
-            is_over = algorithm.num_env_steps >= training.num_env_steps or interrupted.is_set()
-            if algorithm.num_env_steps >= next_look or is_over:
-                row = {**_training_row(config, algorithm, result), **clock.row(algorithm)}
-                _look(config, run, algorithm, validation, board, row, progress)
-                next_look = _next_multiple(
-                    algorithm.num_env_steps, training.evaluation_interval_steps
-                )
-                clock.restart(algorithm)
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-        return _finish(run, algorithm)
-
-
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """What ``_look`` wrote; raises ValueError where it is damaged."""
-    try:
-        return torch.load(checkpoint / "state.pt", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise ValueError(
-            f"{checkpoint} is damaged ({reason}): remove that folder and resume again, from the "
-            "checkpoint before it"
-        ) from error
-
-
-def _look(
-    config: NavigationRunConfig,
-    run: RunDirectory,
-    algorithm: Any,
-    validation: Validation,
-    board: TensorBoard,
-    row: dict[str, Any],
-    progress: Callable[[dict[str, Any]], None],
-) -> None:
-    """Validates, saves, and says so."""
-    weights = algorithm.network_state()
-    started = time.perf_counter()
-    row = {"num_env_steps": algorithm.num_env_steps, **row, **validation.play(weights)}
-    row["validation/wall_s"] = time.perf_counter() - started
-    value = row["validation/episode_return"]
-    # Untrained, a residual network is the planner that it starts from: to keep that one where it
-    # scores best would pass a planner off as a policy.
-    is_candidate = algorithm.num_updates > 0
-    artefact = _artefact(config, weights)
-
-    def write(folder: Path) -> None:
-        torch.save(
-            algorithm.checkpoint(has_replay=config.training.is_buffer_saved), folder / "state.pt"
+        task = Task(
+            criterion="validation/episode_return",
+            best_name="best_validation_return",
+            validate=validation.play,
+            save_policy=lambda weights, folder: _artefact(config, weights).save(folder),
+            training_row=functools.partial(_training_row, config, algorithm),
+            checkpoint=_checkpoint(config, algorithm),
+            progress=progress or _print_row,
         )
-        (folder / "policy").mkdir()
-        artefact.save(folder / "policy")
-
-    saved = run.save_checkpoint(
-        algorithm.num_env_steps, write, value=value if is_candidate else None
-    )
-    if run.best == saved:
-        _keep_best(run)
-    run.log(row)
-    board.log(row, algorithm.num_env_steps)
-    progress(row)
+        return learn(config, run, algorithm, task)
 
 
-def _keep_best(run: RunDirectory) -> None:
-    """``policy/`` is a copy of the policy of the best checkpoint, if there is one."""
-    if (best := run.best) is not None:
-        run.write_artefact("policy", functools.partial(_copy_policy, best))
-
-
-def _copy_policy(checkpoint: Path, folder: Path) -> None:
-    shutil.copytree(checkpoint / "policy", folder, dirs_exist_ok=True)
+def _checkpoint(config: NavigationRunConfig, algorithm: Any) -> Callable[[], dict[str, Any]]:
+    if isinstance(config.algorithm, ValueAlgorithm):
+        return functools.partial(algorithm.checkpoint, has_replay=config.training.is_buffer_saved)
+    return algorithm.checkpoint
 
 
 def _artefact(config: NavigationRunConfig, weights: dict[str, torch.Tensor]) -> Artefact:
-    sessions = sessions_of(config)
+    algorithm, sessions = config.algorithm, sessions_of(config)
+    of_values: dict[str, Any] = {}
+    if isinstance(algorithm, ValueAlgorithm):
+        of_values = {
+            "is_dueling": algorithm.dueling,
+            "margin": algorithm.margin * algorithm.reward_scale,
+            "support": support_for(config),
+        }
     return Artefact(
         weights=weights,
         rules=navigation_config(config.env),
         calibration=sessions.calibration,
-        hidden_sizes=config.algorithm.hidden_sizes,
-        is_dueling=config.algorithm.dueling,
+        has_values=isinstance(algorithm, ValueAlgorithm),
+        hidden_sizes=algorithm.hidden_sizes,
         is_residual=is_residual(config),
-        margin=config.algorithm.margin * config.algorithm.reward_scale,
-        support=support_for(config),
         table_hashes=tuple(table.content_hash for table in sessions.train),
         labels_seen=sessions.labels_seen,
-        name=config.algorithm.name,
+        name=algorithm.name,
+        **of_values,
     )
 
 
 def _training_row(
     config: NavigationRunConfig, algorithm: Any, result: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the last iteration says of runners and learner."""
-    learner = result.get("learners", {}).get("default_policy", {})
-    algorithm_config = config.algorithm
-    schedule = (
-        algorithm_config.epsilon_initial,
-        algorithm_config.epsilon_final,
-        algorithm_config.epsilon_steps,
-    )
-    return {
-        "train/episode_return": algorithm.mean_return,
-        "train/loss": learner.get("loss"),
-        "train/q_mean": learner.get("q_mean"),
-        "train/gradient_norm": learner.get("gradients_default_optimizer_global_norm"),
-        "train/learning_rate": learner.get("default_optimizer_learning_rate"),
-        "train/epsilon": linear_epsilon(schedule, algorithm.num_env_steps),
-        "train/num_updates": algorithm.num_updates,
-    }
-
-
-def _finish(run: RunDirectory, algorithm: Any) -> dict[str, Any]:
-    from ssl2rl_ray.algorithms.dqn import weights_hash
-
-    best = run.best_checkpoint
-    if best is None:
-        raise ValueError(
-            "nothing was learned: no update was due by training.num_env_steps; raise it, or lower "
-            "algorithm.learning_starts"
-        )
-    summary = {
-        "num_env_steps": algorithm.num_env_steps,
-        "num_updates": algorithm.num_updates,
-        "best_validation_return": best["value"],
-        "best_num_env_steps": best["step"],
-        "weights_hash": weights_hash(algorithm.network_state()),
-        "policy": "policy",
-    }
-    run.write_summary(summary)
-    return summary
-
-
-class _Clock:
-    """Env steps per second since the last look, without the looking."""
-
-    def __init__(self, num_env_steps: int) -> None:
-        self._begun = self._since = time.perf_counter()
-        self._num_env_steps = num_env_steps
-
-    def row(self, algorithm: Any) -> dict[str, float]:
-        now = time.perf_counter()
-        speed = (algorithm.num_env_steps - self._num_env_steps) / max(now - self._since, 1e-9)
-        return {"wall_s": now - self._begun, "train/env_steps_per_s": speed}
-
-    def restart(self, algorithm: Any) -> None:
-        self._since, self._num_env_steps = time.perf_counter(), algorithm.num_env_steps
-
-
-def _next_multiple(number: int, step: int) -> int:
-    return (number // step + 1) * step
+    row, recipe = training_row(algorithm, result), config.algorithm
+    if isinstance(recipe, ValueAlgorithm):
+        schedule = recipe.epsilon_initial, recipe.epsilon_final, recipe.epsilon_steps
+        row["train/epsilon"] = linear_epsilon(schedule, algorithm.num_env_steps)
+    return row
 
 
 def _print_row(row: dict[str, Any]) -> None:

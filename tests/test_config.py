@@ -139,7 +139,10 @@ def test_navigation_config_is_the_preset_with_changes() -> None:
             ["env.tunables: 'snr' cannot be tuned; there are min"],
         ),
         ("kind: [1]", ["kind: expected navigation, perception, ssl2rl, crystfel, found a list"]),
-        ("algorithm: {name: ppo}", ["algorithm.name: expected one of dqn, rainbow, found text 'ppo'"]),
+        (
+            "algorithm: {name: sarsa}",
+            ["algorithm.name: expected one of dqn, rainbow, a2c, ppo, found text 'sarsa'"],
+        ),
         (
             "seed: x\nenv: {budget: 1}\nzzzzzz: 1",
             ["seed: expected a whole number", "env.budget: unknown", "zzzzzz: unknown key; it has"],
@@ -231,6 +234,22 @@ def test_a_bomb_of_aliases_is_shown_briefly(tmp_path: Path) -> None:
         (["algorithm.target_update_rate=0"], "algorithm.target_update_rate: must be above 0"),
         (["training.num_env_steps=2000"], "it would never learn"),
         (["training.num_env_runners=-1"], "training.num_env_runners: must be 0 or more"),
+        (["algorithm.name=a2c", "algorithm.epsilon_initial=0.1"], "epsilon_initial: unknown key"),
+        (
+            ["algorithm.name=a2c", "algorithm.n_step=5", "algorithm.trace_decay=0.9"],
+            "algorithm.trace_decay: is ignored by n-step returns",
+        ),
+        (["algorithm.name=a2c", "algorithm.final_entropy_weight=1"], "is above entropy_weight"),
+        (["algorithm.name=a2c", "algorithm.is_shaped=true"], "the bound is in feature_set rates"),
+        (["algorithm.name=a2c", "algorithm.prior_scale=2"], "is ignored without the planner's"),
+        (["algorithm.name=ppo", "training.is_buffer_saved=true"], "ppo has no replay"),
+        (["algorithm.name=ppo", "algorithm.num_minibatches=300"], "has only 256 env steps"),
+        (["kind=crystfel", "algorithm.num_minibatches=9999"], "has only 4864 env steps"),
+        (["kind=crystfel", "algorithm.final_learning_rate=1"], "is above algorithm.learning_rate"),
+        (
+            ["kind=ssl2rl", "algorithm.name=a2c", "loop.methods=[q-values]"],
+            "q-values need action values, and a2c learns none",
+        ),
     ],
 )
 def test_each_contradiction_is_named(overrides: list[str], expected: str) -> None:

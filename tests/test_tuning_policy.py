@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from envs.crystfel.env import SurrogateBench
-from envs.crystfel.rivals import RIVALS, tune
+from envs.crystfel.env import Outcome, SurrogateBench
+from envs.crystfel.rivals import RIVALS, Trace, tune
 from envs.crystfel.surrogate import (
     Sample,
     SurrogateIndexer,
@@ -21,6 +21,7 @@ from envs.crystfel.surrogate import (
 from envs.crystfel.types import Parameters, TuningConfig
 from ssl2rl_ray.tuning.compare import (
     Arena,
+    _judge,
     best_of_simulated,
     compare,
     contestants,
@@ -67,6 +68,26 @@ def test_the_spread_is_the_networks():
     drawn = ours.act(observation, np.random.default_rng(0))
     np.testing.assert_allclose(drawn.mean(0), [0.3, -0.1], atol=0.02)
     np.testing.assert_allclose(drawn.std(0), [0.2, 0.2], atol=0.02)
+
+
+def test_no_spread_is_less_than_what_was_trained_with_and_a_stuck_one_is_wider():
+    """log sd = -9 is cut off at -2.6; after five evaluations without a gain an sd is .12."""
+    ours = policy()
+    with torch.no_grad():
+        ours.network[-1].weight.zero_()
+        ours.network[-1].bias.copy_(torch.tensor([0.0, 0.0, -9.0, -9.0]))
+    observation = np.zeros((4000, 34), np.float32)
+    drawn = ours.act(observation, np.random.default_rng(0))
+    np.testing.assert_allclose(drawn.std(0), np.exp(-2.6), rtol=0.05)
+    e = draw_experiments(np.random.default_rng(0), "normal", 1).select(np.zeros(2000, int))
+    bench = SurrogateBench(e, Sample.draw(np.random.default_rng(1), 2000, 5))
+    outcome = Outcome.of(bench.run(np.arange(2000), bench.start, 5))
+    optimiser = ours.make(RULES, bench.start, outcome, np.random.default_rng(0))
+    begun = optimiser.progress.best_unit[0, 1]
+    for num_without, sd in ((4, np.exp(-2.6)), (5, 0.12)):
+        optimiser.progress.num_since_best[:] = num_without
+        spread = (optimiser.ask()[:, 1] - begun).std()
+        assert spread == pytest.approx(sd * RULES.max_change, rel=0.1)
 
 
 def _without(key):
@@ -120,16 +141,6 @@ def test_it_acts_without_ray(tmp_path):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def test_advantages_by_hand():
-    """Two steps, discount 0.5, lambda 0.5: the second error is 3 - 2, the first 1 + 1 - 1."""
-    from ssl2rl_ray.tuning.ppo import advantages
-
-    got = advantages(np.array([[1.0], [3.0]]), np.array([[1.0], [2.0]]), 0.5, 0.5)
-    np.testing.assert_allclose(got, [[1.25], [1.0]])
-    with pytest.raises(ValueError, match="must be"):
-        advantages(np.zeros(3), np.zeros(3), 0.9, 0.9)
-
-
 SMALL = [
     "kind=crystfel",
     "env.num_steps=5",
@@ -141,77 +152,79 @@ SMALL = [
     "training.evaluation_interval_steps=160",
     "training.num_validation_experiments=8",
     "algorithm.hidden_sizes=[16, 16]",
-    "algorithm.num_epochs=2",
 ]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("action", ["continuous", "discrete"])
-def test_a_run_trains_stops_and_goes_on(tmp_path, action):
+@pytest.mark.parametrize(
+    ("algorithm", "action"),
+    [("ppo", "continuous"), ("ppo", "discrete"), ("a2c", "continuous"), ("a2c", "discrete")],
+)
+def test_a_run_trains_stops_and_goes_on(tmp_path, algorithm, action):
     from ssl2rl_ray.config import load_config
     from ssl2rl_ray.launch import run_config
     from ssl2rl_ray.runs import RunDirectory
 
     rows = []
-    config = load_config(None, [*SMALL, f"env.action={action}"])
+    config = load_config(None, [*SMALL, f"env.action={action}", f"algorithm.name={algorithm}"])
 
     def stop(row):
         rows.append(row)
-        raise KeyboardInterrupt
+        if row["num_env_steps"]:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_config(config, tmp_path / "run", progress=stop)
-    assert rows[0]["num_env_steps"] == 160
+    assert [row["num_env_steps"] for row in rows] == [0, 160]
     summary = run_config(config, tmp_path / "run", resume=True, progress=rows.append)
     assert summary["num_env_steps"] == 240 and summary["num_updates"] == 3
     run = RunDirectory.open(tmp_path / "run")
-    assert run.metrics()["num_env_steps"].tolist() == [160, 240]
+    metrics = run.metrics()
+    assert metrics["num_env_steps"].tolist() == [0, 160, 240]
+    for name in ("loss", "policy_loss", "value_loss", "entropy", "learning_rate", "gradient_norm"):
+        assert np.isfinite(metrics[f"train/{name}"].iloc[1:]).all()
     found = TuningPolicy.load(tmp_path / "run")
-    assert found.config == config.env
+    assert (found.config, found.name) == (config.env, algorithm)
     # what was exported is what RLlib would do
     state = torch.load(run.best / "state.pt", weights_only=True)["module"]
-    head = next(v for k, v in state.items() if k.startswith("pi.") and k.endswith("bias"))
-    torch.testing.assert_close(found.network[-1].bias, head)
+    last = len(found.network) - 1
+    torch.testing.assert_close(found.network[-1].bias, state[f"network.policy.{last}.bias"])
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_the_exported_network_is_rllibs(tmp_path):
+@pytest.mark.parametrize("action", ["continuous", "discrete"])
+def test_the_exported_policy_is_rllibs(action):
     import functools
 
     from ray.rllib.core import DEFAULT_MODULE_ID
     from ray.rllib.core.columns import Columns
 
-    from envs.crystfel.env import action_space, observation_space
+    from ssl2rl_ray.algorithms.registry import ALGORITHMS
     from ssl2rl_ray.config import load_config
     from ssl2rl_ray.local_ray import local_ray
-    from ssl2rl_ray.tuning.ppo import build
-    from ssl2rl_ray.tuning.train import policy_of, training_env
+    from ssl2rl_ray.tuning.train import network_of, policy_of, sampling, training_env
 
-    config = load_config(None, SMALL)
+    config = load_config(None, [*SMALL, "algorithm.name=a2c", f"env.action={action}"])
     with local_ray(1):
-        algorithm = build(
+        algorithm = ALGORITHMS["a2c"](
             config.algorithm,
-            config.training,
+            sampling(config),
             make_env=functools.partial(training_env, config),
-            single_observation_space=observation_space(config.env),
-            single_action_space=action_space(config.env),
-            num_steps=config.env.num_steps,
+            make_network=functools.partial(network_of, config),
             seed=0,
         )
         algorithm.train()
+        assert algorithm.num_env_steps == 5 * 16  # all but the steps in which episodes begin
         observation = np.random.default_rng(0).normal(size=(6, 34)).astype(np.float32)
         module = algorithm.learner_group._learner.module[DEFAULT_MODULE_ID]
-        with torch.no_grad():
-            theirs = module.forward_inference({Columns.OBS: torch.as_tensor(observation)})
+        theirs = module.forward_inference({Columns.OBS: torch.as_tensor(observation)})
         ours = policy_of(algorithm.network_state(), config)
-        with torch.no_grad():
-            got = ours.network(torch.as_tensor(observation))
         algorithm.stop()
-    torch.testing.assert_close(got, theirs[Columns.ACTION_DIST_INPUTS])
+    np.testing.assert_array_equal(ours.act(observation), theirs[Columns.ACTIONS].numpy())
 
 
 # ---- comparison ----------------------------------------------------------------------------------
@@ -247,6 +260,19 @@ def test_simulated_experiments_are_compared_at_equal_frames():
     assert draw_comparison(document)[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(ValueError, match="budget_frames: 90 is spent"):
         compare(arenas, {}, TuningConfig(num_frames=50), budget_frames=90)
+
+
+def test_what_was_recommended_within_a_budget_is_judged():
+    """Evaluations end at 100, 180 and 200 frames: at 150 the first one is all there is."""
+    values = np.arange(3.0)[:, None, None] * np.ones((3, 1, 7))
+    trace = Trace(
+        unit=np.zeros((3, 1, 7)),
+        best_values=values,
+        best_fraction=np.zeros((3, 1)),
+        num_frames=np.array([[100], [180], [200]]),
+    )
+    judged = _judge(lambda v: v[:, 0] / 10, trace, np.array([100, 150, 180, 199, 200, 999]))
+    np.testing.assert_allclose(judged, [[0, 0, 0.1, 0.1, 0.2, 0.2]])
 
 
 def test_a_real_experiment_is_judged_on_frames_that_nobody_tuned_on():

@@ -12,7 +12,6 @@ minute, and prioritised replay. ``build`` makes the algorithm from our config.
 from __future__ import annotations
 
 import ast
-import hashlib
 import logging
 import tempfile
 from collections import deque
@@ -49,6 +48,8 @@ from ssl2rl_ray.algorithms.losses import td_error, weighted_huber
 from ssl2rl_ray.algorithms.module import Q_TM1, V_T, NavigationModule
 from ssl2rl_ray.algorithms.replay import Replay
 from ssl2rl_ray.algorithms.runner import Columnar, ColumnarEnvRunner
+from ssl2rl_ray.checkpoint import check_same_network, to_arrays, to_tensors
+from ssl2rl_ray.checkpoint import weights_hash as weights_hash
 from ssl2rl_ray.config import TrainingConfig
 from ssl2rl_ray.recipes import DQNConfig, ValueAlgorithm
 
@@ -191,13 +192,14 @@ class DQN(rllib_dqn.DQN):
         self.num_updates = 0
         self._learning_starts = recipe.learning_starts
         self._updates_due = 0.0
-        self._returns: deque[float] = deque(maxlen=self.replay.num_streams)
+        self.episode_returns: deque[float] = deque(maxlen=self.replay.num_streams)
+        """Of the last finished episodes, as many as are played side by side."""
         self._rng = np.random.default_rng([self.config.seed or 0, 1])
 
     @property
     def mean_return(self) -> float | None:
-        """Of the last finished episodes, as many as are played side by side; None = none yet."""
-        return float(np.mean(self._returns)) if self._returns else None
+        """The mean of ``episode_returns``; None = none yet."""
+        return float(np.mean(self.episode_returns)) if self.episode_returns else None
 
     def training_step(self) -> None:
         """One fragment from every runner, then the updates that are due for it."""
@@ -214,7 +216,7 @@ class DQN(rllib_dqn.DQN):
             if not fragments:
                 return
             self.metrics.aggregate(results, key=ENV_RUNNER_RESULTS)
-            self._returns.extend(r for f in fragments for r in f["episode_returns"])
+            self.episode_returns.extend(r for f in fragments for r in f["episode_returns"])
             columns = side_by_side(fragments, max(1, self.config.num_env_runners))
             self.replay.push(**columns)
             num_new = int(columns["is_move"].sum())
@@ -237,8 +239,8 @@ class DQN(rllib_dqn.DQN):
             beta = recipe.importance_exponent + (1 - recipe.importance_exponent) * done
             batch = self.replay.sample(recipe.batch_size, self._rng, beta)
         columns = {
-            Columns.OBS: batch["obs"],
-            Columns.NEXT_OBS: batch["next_obs"],
+            Columns.OBS: _as_seen(batch["obs"]),
+            Columns.NEXT_OBS: _as_seen(batch["next_obs"]),
             Columns.ACTIONS: batch["action"],
             Columns.REWARDS: batch["reward"] * np.float32(recipe.reward_scale),
             "discount": batch["discount"],
@@ -311,7 +313,7 @@ class DQN(rllib_dqn.DQN):
         }
         if has_replay:
             state["replay"] = self.replay.state_dict()
-        return _map_arrays(state, np.ndarray, torch.from_numpy)
+        return to_tensors(state)
 
     def restore_checkpoint(self, state: dict[str, Any]) -> None:
         """Goes on from ``checkpoint``; raises ValueError if the networks differ.
@@ -319,20 +321,13 @@ class DQN(rllib_dqn.DQN):
         Without a replay in it updates wait, as at the start, until ``learning_starts`` env steps
         are there to sample from.
         """
-        state = _map_arrays(state, torch.Tensor, lambda value: value.numpy())
+        state = to_arrays(state)
         learner = self.learner_group.get_state(components="learner/rl_module")["learner"]
-        here, there = learner["rl_module"][DEFAULT_MODULE_ID], state["module"]
-        shapes = [{k: np.shape(v) for k, v in weights.items()} for weights in (here, there)]
-        if shapes[0] != shapes[1]:
-            differing = sorted({k for k, _ in set(shapes[0].items()) ^ set(shapes[1].items())})
-            raise ValueError(
-                f"checkpoint is of another network: {differing[:4]} differ; resume with the "
-                "config that the run was started with"
-            )
+        check_same_network(learner["rl_module"][DEFAULT_MODULE_ID], state["module"])
         self.learner_group.set_state(
             {
                 "learner": {
-                    "rl_module": {DEFAULT_MODULE_ID: there},
+                    "rl_module": {DEFAULT_MODULE_ID: state["module"]},
                     "optimizer": state["optimizer"],
                     "weights_seq_no": state["weights_seq_no"],
                     "num_updates": state["learner_num_updates"],
@@ -353,6 +348,7 @@ class DQN(rllib_dqn.DQN):
 
 def side_by_side(fragments: list[Columnar], num_runners: int) -> Columnar:
     """One fragment of all streams; those of a runner that did not answer are empty."""
+    fragments = [{**f, "observation": _as_dict(f["observation"])} for f in fragments]
     by_runner = {max(0, int(f["worker_index"]) - 1): f for f in fragments}
     first = fragments[0]
     keys = ("action", "reward", "minutes", "is_terminated", "is_truncated", "is_move")
@@ -368,26 +364,14 @@ def side_by_side(fragments: list[Columnar], num_runners: int) -> Columnar:
     return columns
 
 
-def _map_arrays(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
-    """The nested value with every array of a kind converted."""
-    if isinstance(value, kind):
-        return convert(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        return {key: _map_arrays(item, kind, convert) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_arrays(item, kind, convert) for item in value)
-    return value
+def _as_dict(observation: Any) -> dict[str, np.ndarray]:
+    """What the replay keeps of an observation, which may be one array."""
+    return observation if isinstance(observation, dict) else {"": observation}
 
 
-def weights_hash(weights: dict[str, torch.Tensor]) -> str:
-    """16 hex digits of SHA-256 over names and values: two runs with one seed have the same."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _as_seen(observation: dict[str, np.ndarray]) -> Any:
+    """The opposite of ``_as_dict``."""
+    return observation.get("", observation)
 
 
 def build(

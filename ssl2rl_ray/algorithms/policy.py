@@ -20,7 +20,8 @@ from torch import Tensor
 from envs.cryoem.calibration import Calibration
 from envs.cryoem.stack import Observation, SessionStack, unpack_visited
 from envs.cryoem.types import FeatureSet, FloatArray, IntArray, NavigationConfig
-from ssl2rl_ray.algorithms.networks import HoleNetwork, Support, choose_and_value, make_network
+from ssl2rl_ray.algorithms.actor_critic import make_actor_critic
+from ssl2rl_ray.algorithms.networks import Support, choose_and_value, make_network
 
 FORMAT = "ssl2rl-policy"
 FORMAT_VERSION = 1
@@ -48,8 +49,10 @@ class Artefact:
     calibration: Calibration
     """Turns another session's predictions into the probabilities that the policy expects."""
     hidden_sizes: tuple[int, ...]
-    is_dueling: bool | None
     is_residual: bool
+    has_values: bool = True
+    """Of actions (networks.py); else a policy and the value of its state (actor_critic.py)."""
+    is_dueling: bool | None = None
     margin: float = 0.0
     """Of action values (networks.py)."""
     support: Support | None = None
@@ -72,6 +75,7 @@ class Artefact:
             "rules": dataclasses.asdict(self.rules),
             "calibration": self.calibration.to_json(),
             "hidden_sizes": list(self.hidden_sizes),
+            "has_values": self.has_values,
             "is_dueling": self.is_dueling,
             "is_residual": self.is_residual,
             "margin": self.margin,
@@ -115,6 +119,7 @@ class Artefact:
                 rules=rules_found,
                 calibration=Calibration.from_json(description["calibration"]),
                 hidden_sizes=tuple(description["hidden_sizes"]),
+                has_values=description.get("has_values", True),
                 is_dueling=description["is_dueling"],
                 is_residual=description["is_residual"],
                 margin=description.get("margin", 0.0),
@@ -136,15 +141,18 @@ class Artefact:
         """
         learned = {name: getattr(self.rules, name) for name in _LEARNED_WITH}
         rules = dataclasses.replace(rules or self.rules, **learned)
-        network = make_network(
-            rules,
-            stack,
-            hidden_sizes=self.hidden_sizes,
-            is_dueling=self.is_dueling,
-            is_residual=self.is_residual,
-            margin=self.margin,
-            support=self.support,
-        )
+        common: Any = {"hidden_sizes": self.hidden_sizes, "is_residual": self.is_residual}
+        if self.has_values:
+            network = make_network(
+                rules,
+                stack,
+                is_dueling=self.is_dueling,
+                margin=self.margin,
+                support=self.support,
+                **common,
+            )
+        else:
+            network = make_actor_critic(rules, stack, **common)
         try:
             network.load_state_dict(self.weights)
         except RuntimeError as error:
@@ -168,9 +176,9 @@ class TorchPolicy:
         self.artefact = artefact
         self.effects = artefact.calibration.effects
         self._layout: Any = None  # the sessions gathered for ``rates``, by their rows
-        if isinstance(network, HoleNetwork):
+        if (expander := getattr(network, "expander", None)) is not None:
             hashes = tuple(str(value) for value in stack.table_hash)
-            assert network.expander.table_hash == hashes, "the expander has another stack's tables"
+            assert expander.table_hash == hashes, "the expander has another stack's tables"
 
     def on(self, stack: SessionStack) -> TorchPolicy:
         """The same policy on other sessions."""
@@ -183,7 +191,10 @@ class TorchPolicy:
     def decide(
         self, observation: Observation, rng: np.random.Generator
     ) -> tuple[IntArray, FloatArray]:
-        """``act``, and (E,) float32 the action value of that move, in one forward pass."""
+        """``act``, and (E,) float32 the action value of that move, in one forward pass.
+
+        NaN of a network without action values.
+        """
         if self.rules.feature_set == "rates":
             return self._best_candidate(observation)[1:]
         num_needed = self.rules.num_past_steps
@@ -193,7 +204,7 @@ class TorchPolicy:
                 f"{observation['recent'].shape[1]}: play with num_past_steps {num_needed}"
             )
         observation = {**observation, "recent": observation["recent"][:, :num_needed]}
-        action, value = choose_and_value(self.network, observation)
+        action, value = self._choose(observation)
         if self.rules.action_level == "hole":
             return action, value
         session = observation["session"][:, 0]
@@ -221,6 +232,10 @@ class TorchPolicy:
         count = num_in_run(row, left, self.rules)
         return run_from(self.stack, observation["session"][:, 0], visited, hole, count), value
 
+    def _choose(self, observation: Observation) -> tuple[IntArray, FloatArray]:
+        action, score = choose_and_value(self.network, observation)
+        return action, score if self.artefact.has_values else np.full_like(score, np.nan)
+
     def _minutes_left(self, observation: Observation) -> FloatArray:
         return np.maximum(self.rules.budget_min - observation["elapsed_min"][:, 0], 0)
 
@@ -243,6 +258,6 @@ class TorchPolicy:
             self.effects,
             layout=self._layout[1],
         )
-        action, value = choose_and_value(self.network, {"rows": rows, "action_mask": mask})
+        action, value = self._choose({"rows": rows, "action_mask": mask})
         at = np.arange(len(hole)), action
         return rows[at], hole[at], value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssl2rl_ray.algorithms import dqn
+from ssl2rl_ray.algorithms import a2c, dqn, ppo, rainbow
 
-ALGORITHMS = {"dqn": dqn.build}
+ALGORITHMS = {"dqn": dqn.build, "rainbow": rainbow.build, "a2c": a2c.build, "ppo": ppo.build}
 """``config.algorithm.name`` -> ``build(config, training, make_env=, make_network=, seed=)``."""

@@ -9,7 +9,6 @@ Shape letters: E experiments, F observation, K parameters that are tuned.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -26,11 +25,10 @@ from torch import Tensor, nn
 from envs.crystfel.env import FREE_OUTPUTS, Outcome, Progress, num_features
 from envs.crystfel.rivals import Make, Trial
 from envs.crystfel.types import FloatArray, TuningConfig
+from ssl2rl_ray.algorithms.actor_critic import MAX_LOG_SPREAD, tanh_mlp
 
 FORMAT = "ssl2rl-tuning-policy"
 FORMAT_VERSION = 1
-MAX_LOG_SPREAD = 2.6
-"""Logs of sds are cut off at plus and minus this, in training too: an sd of 0.07 at least."""
 PATIENCE, STUCK_SPREAD = 5, 0.12
 """After so many evaluations without a gain an experiment is unlike those of the training, and
 actions are spread at least so much (chosen on simulated experiments of their own seed)."""
@@ -48,11 +46,7 @@ def num_outputs(config: TuningConfig) -> int:
 
 def make_network(config: TuningConfig, hidden_sizes: tuple[int, ...]) -> nn.Sequential:
     """(E, F) -> (E, ``num_outputs``), tanh between the layers."""
-    sizes = (num_features(config), *hidden_sizes)
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(sizes):
-        layers += [nn.Linear(before, after), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_outputs(config)))
+    return tanh_mlp((num_features(config), *hidden_sizes), num_outputs(config))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

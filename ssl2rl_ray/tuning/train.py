@@ -8,31 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import pickle
-import shutil
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from envs.crystfel.env import (
-    CrystFELVectorEnv,
-    SurrogateBench,
-    action_space,
-    observation_space,
-)
+from envs.crystfel.env import CrystFELVectorEnv, SurrogateBench, num_features
 from envs.crystfel.rivals import tune
 from envs.crystfel.surrogate import Sample, best_fraction, draw_experiments, true_fraction
-from ssl2rl_ray.config import CrystFELRunConfig, check
+from ssl2rl_ray.algorithms.actor_critic import VectorActorCritic
+from ssl2rl_ray.config import CrystFELRunConfig, TrainingConfig, check
+from ssl2rl_ray.learn import Task, learn, training_row
 from ssl2rl_ray.local_ray import local_ray
-from ssl2rl_ray.runs import RunDirectory, on_interrupt
-from ssl2rl_ray.schema import to_dict, to_yaml
-from ssl2rl_ray.tensorboard import TensorBoard
-from ssl2rl_ray.tuning.policy import TuningPolicy
+from ssl2rl_ray.runs import RunDirectory
+from ssl2rl_ray.tuning.policy import TuningPolicy, num_outputs
 
 _VALIDATION_SEED = 20210331
 _VALIDATED_AT = (10, 20)
@@ -55,20 +46,19 @@ def training_env(config: CrystFELRunConfig, *, num_envs: int, seed: int) -> Crys
     )
 
 
+def network_of(config: CrystFELRunConfig) -> VectorActorCritic:
+    """The policy and its value."""
+    return VectorActorCritic(
+        num_features(config.env),
+        num_outputs(config.env),
+        config.algorithm.hidden_sizes,
+        is_gaussian=config.env.action == "continuous",
+    )
+
+
 def policy_of(weights: dict[str, torch.Tensor], config: CrystFELRunConfig) -> TuningPolicy:
-    """The policy network out of RLlib's module."""
-    found: dict[str, torch.Tensor] = {}
-    num_hidden = len(config.algorithm.hidden_sizes)
-    encoder = [k for k in weights if k.startswith("encoder.actor_encoder.")]
-    for kind in ("weight", "bias"):
-        names = sorted(
-            (k for k in encoder if k.endswith(f".{kind}")), key=lambda k: int(k.split(".")[-2])
-        )
-        assert len(names) == num_hidden, f"RLlib names its encoder otherwise: {encoder}"
-        for i, name in enumerate(names):
-            found[f"{2 * i}.{kind}"] = weights[name]
-        (head,) = (k for k in weights if k.startswith("pi.") and k.endswith(f".{kind}"))
-        found[f"{2 * num_hidden}.{kind}"] = weights[head]
+    """The policy among the weights of ``network_of``."""
+    found = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
     return TuningPolicy.of(found, config.env, config.algorithm.hidden_sizes, config.algorithm.name)
 
 
@@ -124,136 +114,49 @@ def train(
         ValueError: settings (``config.check``) that do not go together, by name.
         KeyboardInterrupt: after Ctrl-C, once the state is safe on disk.
     """
-    from ssl2rl_ray.tuning.ppo import build
+    from ssl2rl_ray.algorithms.registry import ALGORITHMS
 
     check(config)
-    progress = progress or _print_row
-    training = config.training
-    torch.set_num_threads(training.num_torch_threads)
-    begun = time.perf_counter()
-    with local_ray(training.num_env_runners + 1), contextlib.ExitStack() as stack:
-        algorithm = build(
+    torch.set_num_threads(config.training.num_torch_threads)
+    with local_ray(config.training.num_env_runners + 1), contextlib.ExitStack() as stack:
+        algorithm: Any = ALGORITHMS[config.algorithm.name](
             config.algorithm,
-            training,
+            sampling(config),
             make_env=functools.partial(training_env, config),
-            single_observation_space=observation_space(config.env),
-            single_action_space=action_space(config.env),
-            num_steps=config.env.num_steps,
+            make_network=functools.partial(network_of, config),
             seed=config.seed,
         )
         stack.callback(algorithm.stop)
-        if run.latest is not None:
-            algorithm.restore_checkpoint(_read_state(run.latest))
-            _keep_best(run)  # it may have been killed between the two
-        first_step = algorithm.num_env_steps
         validation = Validation(config)
-        board = stack.enter_context(TensorBoard(run.path / "tensorboard", first_step=first_step))
-        if not first_step:
-            board.begin(to_dict(config), to_yaml(config), "validation/share_of_best")
-        interrupted = stack.enter_context(on_interrupt())
-        next_look = _next_multiple(first_step, training.evaluation_interval_steps)
-        while algorithm.num_env_steps < training.num_env_steps:
-            result = algorithm.train()
-            is_over = algorithm.num_env_steps >= training.num_env_steps or interrupted.is_set()
-            if algorithm.num_env_steps >= next_look or is_over:
-                row = _training_row(algorithm, result)
-                row["wall_s"] = time.perf_counter() - begun
-                _look(config, run, algorithm, validation, board, row, progress)
-                next_look = _next_multiple(
-                    algorithm.num_env_steps, training.evaluation_interval_steps
-                )
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-        return _finish(run, algorithm)
+        task = Task(
+            criterion="validation/share_of_best",
+            best_name="best_share_of_best",
+            validate=lambda weights: validation.play(policy_of(weights, config)),
+            save_policy=lambda weights, folder: policy_of(weights, config).save(folder),
+            training_row=functools.partial(training_row, algorithm),
+            checkpoint=algorithm.checkpoint,
+            progress=progress or _print_row,
+        )
+        return learn(config, run, algorithm, task)
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    try:
-        return torch.load(checkpoint / "state.pt", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise ValueError(
-            f"{checkpoint} is damaged ({reason}): remove that folder and resume again, from the "
-            "checkpoint before it"
-        ) from error
-
-
-def _look(
-    config: CrystFELRunConfig,
-    run: RunDirectory,
-    algorithm: Any,
-    validation: Validation,
-    board: TensorBoard,
-    row: dict[str, Any],
-    progress: Callable[[dict[str, Any]], None],
-) -> None:
-    """Validates, saves, and says so."""
-    policy = policy_of(algorithm.network_state(), config)
-    row = {"num_env_steps": algorithm.num_env_steps, **row, **validation.play(policy)}
-
-    def write(folder: Path) -> None:
-        torch.save(algorithm.checkpoint(), folder / "state.pt")
-        (folder / "policy").mkdir()
-        policy.save(folder / "policy")
-
-    saved = run.save_checkpoint(
-        algorithm.num_env_steps, write, value=row["validation/share_of_best"]
+def sampling(config: CrystFELRunConfig) -> TrainingConfig:
+    """Fragments are whole episodes: their steps, and the one in which the env begins anew."""
+    training = config.training
+    return TrainingConfig(
+        num_env_steps=training.num_env_steps,
+        num_env_runners=training.num_env_runners,
+        num_envs_per_runner=training.num_envs,
+        rollout_length=config.env.num_steps + 1,
+        num_torch_threads=training.num_torch_threads,
     )
-    if run.best == saved:
-        _keep_best(run)
-    run.log(row)
-    board.log(row, algorithm.num_env_steps)
-    progress(row)
-
-
-def _keep_best(run: RunDirectory) -> None:
-    """``policy/`` is a copy of the policy of the best checkpoint, if there is one."""
-    if (best := run.best) is not None:
-
-        def copy(folder: Path) -> None:
-            shutil.copytree(best / "policy", folder, dirs_exist_ok=True)
-
-        run.write_artefact("policy", copy)
-
-
-def _training_row(algorithm: Any, result: dict[str, Any]) -> dict[str, Any]:
-    learner = result.get("learners", {}).get("default_policy", {})
-    return {
-        "train/episode_return": algorithm.mean_return,
-        "train/policy_loss": learner.get("policy_loss"),
-        "train/value_loss": learner.get("vf_loss"),
-        "train/value_explained": learner.get("vf_explained_var"),
-        "train/entropy": learner.get("entropy"),
-        "train/learning_rate": learner.get("default_optimizer_learning_rate"),
-        "train/num_updates": algorithm.num_updates,
-    }
-
-
-def _finish(run: RunDirectory, algorithm: Any) -> dict[str, Any]:
-    best = run.best_checkpoint
-    assert best is not None
-    summary = {
-        "num_env_steps": algorithm.num_env_steps,
-        "num_updates": algorithm.num_updates,
-        "best_share_of_best": best["value"],
-        "best_num_env_steps": best["step"],
-        "policy": "policy",
-    }
-    run.write_summary(summary)
-    return summary
-
-
-def _next_multiple(number: int, step: int) -> int:
-    return (number // step + 1) * step
 
 
 def _print_row(row: dict[str, Any]) -> None:
     shares = "  ".join(
         f"{row[f'validation/share_{n}']:.3f} of the best at {n}" for n in _VALIDATED_AT
     )
-    print(
-        f"{row['num_env_steps']:>9,} evaluations  return {row['train/episode_return']:.3f}  "
-        f"{shares}  {row['wall_s']:.0f} s",
-        file=sys.stderr,
-        flush=True,
-    )
+    parts = [f"{row['num_env_steps']:>9,} evaluations", shares]
+    if row.get("train/episode_return") is not None:
+        parts += [f"return {row['train/episode_return']:.3f}", f"{row['wall_s']:.0f} s"]
+    print("  ".join(parts), file=sys.stderr, flush=True)
