@@ -246,6 +246,8 @@ def _percentiles(tasks: Sequence[FloatArray], resampled: FloatArray) -> tuple[fl
 # A run is looked at now and then: at x (P,) ascending it scored y (P,). Between looks the last
 # observation stands.
 
+_MAX_NUMBERS = 5_000_000
+
 
 def last_observed(x: ArrayLike, y: ArrayLike, at: ArrayLike) -> FloatArray:
     """(G,) y at the last x up to each of ``at`` (G,); NaN before the first."""
@@ -296,8 +298,17 @@ def curve_over_runs(
     num_runs = len(curves)
     if num_runs < 2:
         return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
-    drawn = observed[rng.integers(0, num_runs, (num_resamples, num_runs))]  # (B, R, G)
-    low, high = np.quantile(statistic(drawn, axis=1), (0.025, 0.975), axis=0)
+    drawn = rng.integers(0, num_runs, (num_resamples, num_runs))  # (B, R)
+    width = max(1, _MAX_NUMBERS // drawn.size)  # points at once: (B, R, G) may be too large
+    low, high = np.concatenate(
+        [
+            np.quantile(
+                statistic(observed[:, i : i + width][drawn], axis=1), (0.025, 0.975), axis=0
+            )
+            for i in range(0, observed.shape[1], width)
+        ],
+        axis=1,
+    )
     return value, low, high
 
 

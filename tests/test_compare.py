@@ -218,7 +218,7 @@ def test_names_that_hide_a_difference_say_so(tmp_path):
     document = compare([tmp_path])
     assert [g["group"] for g in document["groups"]] == ["dqn", "rainbow"]
     (note,) = (n for n in document["notes"] if "names do not say" in n)
-    assert "training.num_env_steps" in note and "dqn 1000000; rainbow 500000" in note
+    assert "training.num_env_steps" in note and "dqn: 1000000; rainbow: 500000" in note
 
 
 def test_fewer_than_five_seeds_rank_nothing(two_groups):
@@ -310,7 +310,7 @@ def test_what_an_agent_may_choose_makes_a_group(tmp_path, kind, setting, label):
     write_run(tmp_path / "b", setting, kind=kind)
     document = compare([tmp_path])
     assert label in [g["group"] for g in document["groups"]]
-    assert document["x_label"] == ("epoch" if kind == "perception" else "env steps")
+    assert document["x_label"] == ("epochs" if kind == "perception" else "env steps")
 
 
 def test_data_are_the_same_by_content_not_by_path(tmp_path):

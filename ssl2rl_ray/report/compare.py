@@ -12,6 +12,7 @@ a grid.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import math
 import os
@@ -168,7 +169,7 @@ def _read(path: Path, kind: str, metric: str) -> Trained:
             name: _by_content(value, hashes) if name.startswith("data.") else value
             for name, value in _flat(to_dict(run.config))
         },
-        x_label={"num_env_steps": "env steps"}.get(x_label, x_label),
+        x_label={"num_env_steps": "env steps", "epoch": "epochs"}.get(x_label, x_label),
         x=x[order],
         wall_s=np.maximum.accumulate(wall_s[is_scored][order]),
         score=score,
@@ -426,7 +427,7 @@ def compare(
         raise ReportError("a threshold is of one task: leave --threshold or --task out")
     if len({run.x_label for run in runs}) > 1:
         raise ReportError("some runs count env steps and some epochs: name those of one kind")
-    notes += _cautions(groups, named)
+    notes += _cautions(groups, named, kind)
     values, scales = _values(groups, named)
     return {
         "format": folder.FORMATS["compare"],
@@ -495,7 +496,7 @@ def _read_all(
     return runs
 
 
-def _cautions(groups: Sequence[Group], tasks: Sequence[str]) -> Iterator[str]:
+def _cautions(groups: Sequence[Group], tasks: Sequence[str], kind: _Kind) -> Iterator[str]:
     """What a reader must know before any number."""
     if few := [g for g in groups if g.num_seeds < MIN_SEEDS]:
         what = (
@@ -513,20 +514,20 @@ def _cautions(groups: Sequence[Group], tasks: Sequence[str]) -> Iterator[str]:
             )
     if len(groups) == 1:
         yield "one group: there is nothing to compare it with"
-    names = {group.label.split(", ")[0] for group in groups}
-    if len(names) > 1:  # said by the name: what is in its own section
-        others = [
-            n for n in _differing([g.settings for g in groups]) if not n.startswith("algorithm.")
-        ]
-        told = _shorts(others)
-        hidden = [n for n in others if not any(f"{told[n]}=" in g.label for g in groups)]
-        if hidden:
-            first = hidden[0]
-            shown = "; ".join(f"{g.label} {word(g.settings.get(first))}" for g in groups)
-            yield (
-                f"groups differ in {', '.join(hidden[:5])}, which their names do not say "
-                f"({first}: {shown})"
-            )
+    others = [  # the name says what is in its own section
+        n
+        for n in _differing([g.settings for g in groups])
+        if n != kind.named_by and not n.startswith("algorithm.")
+    ]
+    told = _shorts(others)
+    if hidden := [n for n in others if not any(f"{told[n]}=" in g.label for g in groups)]:
+        first = hidden[0]
+        some = [f"{g.label}: {word(g.settings.get(first))}" for g in groups[:4]]
+        shown = "; ".join(some + ["and so on"] * (len(groups) > 4))
+        yield (
+            f"groups differ in {', '.join(hidden[:5])}, which their names do not say "
+            f"({first} of {shown})"
+        )
     threads = {run.asked.get("training.num_torch_threads") for run in runs}
     if len({run.hardware for run in runs}) > 1 or len(threads) > 1:
         yield "runs are of different hardware or threads: their wall clocks do not compare"
@@ -588,21 +589,29 @@ def _pairs(groups: Sequence[Group], values: Values) -> list[dict[str, Any]]:
     """Every group against every other, both ways round."""
     found = []
     for quantity in QUANTITIES:
-        strata = {group.label: _strata(group, values[quantity]) for group in groups}
-        for ours, x in strata.items():
-            for theirs, y in strata.items():
-                if ours == theirs or x is None or y is None:
-                    continue
-                row: dict[str, Any] = {"quantity": quantity, "group": ours, "against": theirs}
-                row["n"] = min(map(len, [*x, *y]))
-                rng = np.random.default_rng(_SEED)
-                wins = probability_of_improvement(x, y, rng)
-                iqm = difference(x, y, np.random.default_rng(_SEED))
-                row |= _named("probability", wins) | _named("iqm_difference", iqm)
-                low, high = iqm.ci95
-                row["is_established"] = bool(row["n"] >= MIN_SEEDS and (low > 0 or high < 0))
-                found.append(row)
+        strata = [(group.label, _strata(group, values[quantity])) for group in groups]
+        for (ours, x), (theirs, y) in itertools.combinations(strata, 2):
+            if x is None or y is None:
+                continue
+            n = min(map(len, [*x, *y]))
+            wins = probability_of_improvement(x, y, np.random.default_rng(_SEED))
+            iqm = difference(x, y, np.random.default_rng(_SEED))
+            low, high = iqm.ci95
+            is_established = bool(n >= MIN_SEEDS and (low > 0 or high < 0))
+            for group, against, p, d in (
+                (ours, theirs, wins, iqm),
+                (theirs, ours, _mirrored(wins, 1), _mirrored(iqm, 0)),
+            ):
+                names = {"quantity": quantity, "group": group, "against": against, "n": n}
+                numbers = _named("probability", p) | _named("iqm_difference", d)
+                found.append(names | numbers | {"is_established": is_established})
     return found
+
+
+def _mirrored(found: Estimate, total: float) -> Estimate:
+    """The other way round: what is left of the total."""
+    low, high = found.ci95
+    return Estimate(value=total - found.value, ci95=(total - high, total - low))
 
 
 def _thresholds(groups: Sequence[Group], threshold: float) -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ def _interval(
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     text = number(row[name], decimals, sign=sign)
     if low is None or high is None:
-        return text
+        return f"{text} (one seed)" if name == "probability" else text
     if name == "probability" and low == high:
         return f"{text} (no overlap)"
     bounds = (number(bound, decimals, sign=sign) for bound in (low, high))
