@@ -16,6 +16,7 @@ import copy
 from typing import Any
 
 import torch
+from gymnasium import spaces
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, QNetAPI, TargetNetworkAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
@@ -47,7 +48,15 @@ class NavigationModule(TorchRLModule, InferenceOnlyAPI, QNetAPI, TargetNetworkAP
     """Action values of one network; the runner acts with it, the learner owns its target too."""
 
     def setup(self) -> None:
-        """Makes the network; the learner calls ``make_target_networks`` later."""
+        """Makes the network; the learner calls ``make_target_networks`` later.
+
+        Raises ValueError for actions that are not discrete.
+        """
+        if not isinstance(self.action_space, spaces.Discrete):
+            raise ValueError(
+                f"action_space: action values are of discrete actions, found {self.action_space}; "
+                "a2c and ppo learn continuous ones"
+            )
         self.network: nn.Module = self.model_config["make_network"]()
         self.is_double = bool(self.model_config.get("is_double", True))
         self.epsilon = tuple(self.model_config["epsilon"])
