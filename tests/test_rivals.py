@@ -16,6 +16,7 @@ from envs.crystfel.rivals import (
     RIVALS,
     SHIFT_GAIN,
     SNR_GRID,
+    _Best,
     corrected,
     expected_improvement,
     tune,
@@ -103,6 +104,65 @@ def test_racing_decides_as_early_as_it_can():
     np.testing.assert_allclose([t.best_fraction[0] for t in asked.trials], [0.4, 0.4, 0.6])
     assert trace.best_values[:, 0, 0].tolist() == [4, 4, 9, 9]
     np.testing.assert_allclose(trace.best_fraction[:, 0], [0.4, 0.4, 1.0, 0.6])
+
+
+def test_a_gain_is_on_the_same_frames_however_many_the_best_has_seen():
+    """SNR 8 indexes the first 50 of 100, and all of them are looked at; 5 the first 20 of 25."""
+    asked = Listed([8, 8, 5])
+    bench = Scripted(lambda v: 10 * (v[0] - 3), start=4.0)
+    trace = tune(
+        bench, SNR, asked, num_evaluations=4, rng=np.random.default_rng(0), num_first_frames=25
+    )
+    assert trace.best_fraction[2, 0] == 0.5
+    assert asked.trials[2].gain[0] == pytest.approx(20 / 25 - 1)
+    assert trace.best_values[3, 0, 0] == 8
+
+
+def test_a_tie_changes_nothing():
+    trace = tune(Scripted(lambda v: 50), SNR, Listed([8, 9]), num_evaluations=3,
+                 rng=np.random.default_rng(0))  # fmt: skip
+    assert trace.best_values[:, 0, 0].tolist() == [6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("num_won", "num_lost", "is_open"),
+    [
+        (0, 0, True),
+        (0, 1, False),  # worse
+        (3, 0, True),  # z = 1.73, but of three frames only
+        (4, 0, False),  # z = 2
+        (7, 2, False),  # z = 1.67
+        (6, 2, True),  # z = 1.41
+        (5, 5, True),
+    ],
+)
+def test_when_a_race_is_over_by_hand(num_won, num_lost, is_open):
+    """z = (won - lost) / sqrt(won + lost), to be above 1.645 with four at least."""
+    before, after = np.zeros((1, 40), bool), np.zeros((1, 40), bool)
+    before[0, :num_lost], after[0, 20 : 20 + num_won] = True, True
+    before[0, -1] = after[0, -1] = True  # something indexes
+    none = np.full(1, np.nan)
+
+    def result(flags):
+        return BatchResult(
+            is_indexed=flags, is_hit=flags | True, num_peaks=np.zeros(flags.shape, int),
+            cell_ratio=none, residual_px=none, spot_shift_px=np.full((1, 2), np.nan), cpu_s=none,
+        )  # fmt: skip
+
+    best = _Best.of(result(before), np.zeros((1, 7)), 40)
+    assert best.is_open(np.array([0]), result(after)).tolist() == [is_open]
+
+
+def test_warm_tpe_begins_with_the_list_that_all_share():
+    pytest.importorskip("optuna")
+    e = draw_experiments(np.random.default_rng(43), "normal", 2)
+    bench = SurrogateBench(e, Sample.draw(np.random.default_rng(44), 2, 20))
+    trace = tune(bench, TuningConfig(num_frames=20), RIVALS["tpe-warm"], num_evaluations=4,
+                 rng=np.random.default_rng(0))  # fmt: skip
+    scale = scale_of(ALL)
+    for i in (0, 1):
+        rounded = scale.unit(scale.values(warm_settings(ALL)[:3], np.tile(e.start[i], (3, 1))))
+        np.testing.assert_allclose(trace.unit[1:, i], rounded)
 
 
 def test_racing_does_not_go_on_where_nothing_indexes():

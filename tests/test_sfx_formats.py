@@ -408,7 +408,7 @@ max_ss = 1
 fs = x
 ss = y
 mask = /entry/data/mask
-mask_good = 0x1
+mask_good = 0x9
 mask_bad = 6
 m0/dim1 = 0
 m0/corner_x = 0
@@ -423,9 +423,10 @@ m1/corner_y = 10
 def module_file(tmp_path: Path) -> Path:
     with h5py.File(tmp_path / "m.h5", "w") as file:
         file["entry/data/data"] = np.arange(2 * 3 * 2 * 4, dtype=np.int16).reshape(2, 3, 2, 4)
-        mask = np.ones((3, 2, 4), dtype=np.uint16)
+        mask = np.full((3, 2, 4), 9, dtype=np.uint16)
         mask[0, 0, 1] = 0  # not good
         mask[2, 1, 3] = 5  # bad
+        mask[2, 0, 0] = 8  # one of two good bits
         file["entry/data/mask"] = mask
     return tmp_path / "m.h5"
 
@@ -446,7 +447,7 @@ def test_modules_are_stacked_on_the_slab(module_file: Path) -> None:
     assert np.array_equal(both[0], image)
     assert both[1][0].tolist() == [0, 1, 2, 3]
     good = good_pixels(g, Frame(path=str(module_file), event="//1"))
-    assert np.argwhere(~good).tolist() == [[0, 1], [3, 3]]
+    assert np.argwhere(~good).tolist() == [[0, 1], [2, 0], [3, 3]]
 
 
 def test_modules_lie_in_any_order_and_along_any_axis(tmp_path: Path) -> None:
@@ -476,7 +477,7 @@ def test_masks_of_single_frames_are_told_from_those_of_a_file(module_file: Path)
     assert masks_by_frame(g, path) == ()
     with h5py.File(path, "r+") as file:
         del file["entry/data/mask"]
-        mask = np.ones((2, 3, 2, 4), dtype=np.uint16)
+        mask = np.full((2, 3, 2, 4), 9, dtype=np.uint16)
         mask[1, 2, 0, 2] = 0
         file["entry/data/mask"] = mask
     assert masks_by_frame(g, path) == g.masks
@@ -486,8 +487,8 @@ def test_masks_of_single_frames_are_told_from_those_of_a_file(module_file: Path)
 
 def test_a_mask_file_lies_beside_the_geometry(tmp_path: Path) -> None:
     text = MODULES.replace("mask = /entry/data/mask", "mask = /bad\nmask_file = bad.h5")
-    mask = np.ones((3, 2, 4), dtype=np.uint16)
-    mask[0, 1, 0] = 4
+    mask = np.full((3, 2, 4), 9, dtype=np.uint16)
+    mask[0, 1, 0] = 13
     with h5py.File(tmp_path / "bad.h5", "w") as file:
         file["bad"] = mask
     (tmp_path / "m.geom").write_text(text)

@@ -12,6 +12,7 @@ from scipy.stats import binom
 from envs.crystfel.sfx.index import (
     LENGTH_TOLERANCE,
     MAX_LOG10_P,
+    Candidates,
     KnownCell,
     _from_to,
     cell_parameters,
@@ -237,6 +238,27 @@ def test_no_crystal_in_a_crowd_around_the_beam():
     for sigma_px in (10, 20, 40, 60, 80):
         for number in (15, 40, 100):
             assert index_peaks(to_q(rng.normal(0, sigma_px, (number, 2))), cell) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_believed"),
+    [
+        ({}, True),
+        ({"log10_p": np.array([-5.9])}, False),
+        ({"log10_p_axis": np.array([[-9.0], [-2.9], [-9.0]])}, False),
+        ({"explained": np.array([0.38])}, False),
+        ({"is_alike": np.array([False])}, False),
+    ],
+)
+def test_what_a_lattice_must_have_to_be_believed(changes, is_believed):
+    enough = {
+        "bases_A": np.eye(3)[None],
+        "log10_p": np.array([-6.1]),
+        "log10_p_axis": np.array([[-9.0], [-3.1], [-9.0]]),
+        "explained": np.array([0.4]),
+        "is_alike": np.array([True]),
+    }
+    assert Candidates(**(enough | changes)).is_believed.tolist() == [is_believed]
 
 
 def test_nothing_close_is_no_evidence():

@@ -18,7 +18,7 @@ from envs.crystfel.sfx.formats import read_image
 from envs.crystfel.sfx.index import KnownCell, misorientation_deg
 from envs.crystfel.sfx.pipeline import EmbeddedIndexer
 from envs.crystfel.sfx.simulate import simulate
-from envs.crystfel.types import Frame, IndexingResult, Parameters
+from envs.crystfel.types import Frame, IndexingResult, Parameters, wilson
 from ssl2rl_ray.cli import main
 
 
@@ -113,6 +113,24 @@ def test_the_order_of_the_frames_is_that_of_the_result(clean):
     some = indexer.run(clean.nominal, [clean.frames[i] for i in order])
     np.testing.assert_array_equal(some.num_peaks, every.num_peaks[order])
     np.testing.assert_array_equal(some.is_indexed, every.is_indexed[order])
+
+
+def test_results_by_hand(clean):
+    """Of 10 frames 5 are hits and 1 is indexed; Wilson's interval of 1 in 10 is .0179 to .4042."""
+    is_hit = np.arange(10) < 5
+    result = IndexingResult(
+        is_indexed=np.arange(10) < 1, is_hit=is_hit, num_peaks=20 * is_hit, num_crystals=2,
+        mean_cell=np.ones(6), cell_ratio=1.0, residual_px=1.0, spot_shift_px=np.zeros(2),
+        cpu_s=1.0, version="",
+    )  # fmt: skip
+    assert (result.indexed_fraction, result.hit_fraction) == (0.1, 0.5)
+    np.testing.assert_allclose(result.ci95, (0.01787621, 0.40415002), atol=1e-7)
+    np.testing.assert_allclose(wilson(0, 10), (0, 0.27753280), atol=1e-7)
+    np.testing.assert_allclose(wilson(10, 10), (0.72246720, 1), atol=1e-7)
+    assert wilson(0, 0) == (0, 1)
+    for impossible in ((3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="successes in"):
+            wilson(*impossible)
 
 
 # ------------------------------------------------------------------ kept peaks
@@ -257,6 +275,25 @@ def test_memo_asks_once(clean, tmp_path):
     counting.version = "counting 2"
     memo.run(Parameters(), clean.frames)
     assert counting.calls == 5
+
+
+CHANGED = {
+    "min_snr": 6, "threshold_adu": 21, "min_pix_count": 3, "max_pix_count": 199,
+    "local_bg_radius_px": 4, "min_res_px": 1, "max_res_px": 1199, "min_peaks": 16,
+    "clen_offset_percent": 1, "centre_x_offset_px": 1, "centre_y_offset_px": 1,
+}  # fmt: skip
+
+
+def test_every_parameter_is_a_key_of_the_memo_and_those_of_the_peaks_one_of_theirs(tmp_path):
+    counting, frames = Counting(), [Frame(path="/a.h5")]
+    memo = Memo(counting, tmp_path)
+    assert set(CHANGED) == set(Parameters().as_dict())
+    for number, change in enumerate([{}, *({name: v} for name, v in CHANGED.items())], 1):
+        memo.run(Parameters().replace(**change), frames)
+        memo.run(Parameters().replace(**change), frames)
+        assert counting.calls == number, change
+    others = {"min_peaks", "clen_offset_percent", "centre_x_offset_px", "centre_y_offset_px"}
+    assert {*pipeline._OF_PEAKS} == {*CHANGED} - others
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"nonsense"])

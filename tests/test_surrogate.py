@@ -90,6 +90,14 @@ def test_pairing_is_sharper_than_fresh_frames():
     assert 4.0 < unpaired < 5.8
 
 
+def test_the_truth_is_one_and_its_frames_are_nobodys_sample():
+    e = draw_experiments(np.random.default_rng(3), "normal", 70)
+    truth = true_fraction(e, e.start, 100)
+    np.testing.assert_array_equal(truth, true_fraction(e, e.start, 100))
+    np.testing.assert_array_equal(truth[66:68], true_fraction(e.select(np.array([66, 67])),
+                                  e.start[66:68], 100))  # fmt: skip
+
+
 def test_min_peaks_can_only_lose():
     e = draw_experiments(np.random.default_rng(3), "normal", 50)
     sample = Sample.draw(np.random.default_rng(4), 50, 200)

@@ -128,6 +128,10 @@ def test_the_next_episode_begins_at_the_best():
     env.step(np.array([1.0]))
     _, info = env.reset()
     assert info["parameters"].min_snr == pytest.approx(10.5)
+    *_, info = env.step(np.array([-1.0]))
+    assert info["parameters"].min_snr == pytest.approx(6), "worse: not where the next one begins"
+    _, info = env.reset()
+    assert info["parameters"].min_snr == pytest.approx(10.5)
     _, info = env.reset(options={"restart": True})
     assert info["parameters"].min_snr == 6
 
@@ -150,7 +154,22 @@ def test_frames_known_at_a_setting_are_not_indexed_again():
     assert bench.run([0], values, 10).is_indexed[0].tolist() == [True] * 5 + [False] * 5
     assert [n for _, n in indexer.calls] == [4, 6]
     bench.run([0], values, 10)
+    assert bench.run([0], values, 4).is_indexed.tolist() == [[True] * 4]
     assert indexer.num_frames_run == 10
+    assert bench.run([0], values, 7).num_frames == 7
+    bench.run([0], values, 10)
+    assert [n for _, n in indexer.calls] == [4, 6, 3], "nothing is forgotten"
+
+
+def test_integers_are_observed_as_they_were_evaluated():
+    """Half a range of 1..8 from 2 is 5.5 pixels: 6 are asked for, and 6 are observed."""
+    indexer = Scripted(lambda p: p.min_pix_count)
+    rules = TuningConfig(tunables=("min_pix_count",), num_frames=10, num_steps=2)
+    env = CrystFELTuningEnv(indexer, rules, FRAMES, Parameters(min_pix_count=2))
+    env.reset()
+    observation, *_, info = env.step(np.array([1.0]))
+    assert info["parameters"].min_pix_count == 6
+    np.testing.assert_allclose(observation[:2], 2 * (6 - 1) / 7 - 1, atol=1e-6)
 
 
 def test_tuned_parameters_change_and_no_others():
@@ -242,6 +261,26 @@ def test_the_same_seed_gives_the_same_episodes():
         np.testing.assert_array_equal(got, again)
 
 
+def test_pools_are_not_what_others_draw_from_the_same_number():
+    rules = TuningConfig(num_frames=10, num_steps=1)
+    pool = CrystFELVectorEnv(rules, 2, pool_size=8, seed=20210331)._pool
+    validation = draw_experiments(np.random.default_rng(20210331), "normal", 8)
+    assert not np.isin(pool.crystal_share, validation.crystal_share).any()
+
+
+def test_every_episode_has_other_geometry_errors_and_another_start():
+    """Three responses, three errors and three starts make more than three experiments."""
+    rules = TuningConfig(num_frames=10, num_steps=1)
+    env = CrystFELVectorEnv(rules, 200, pool_size=3, seed=1)
+    env.reset()
+    e = env._bench.experiments
+    response, error, start = e.crystal_share, e.optimum_clen_percent, e.start[:, 0]
+    for first, second in ((response, error), (response, start), (error, start)):
+        assert len(set(zip(first, second, strict=True))) == 9
+    pairs = set(zip(error, e.optimum_centre_px[:, 0], strict=True))
+    assert len(pairs) == 3, "an error of the distance comes with its own of the centre"
+
+
 def test_rewards_add_up_to_what_the_rise_is_worth():
     env = small(num_steps=6)
     env.reset(seed=5)
@@ -288,8 +327,8 @@ def test_the_single_environment_and_the_vector_play_alike():
     for _ in range(5):
         action = rng.uniform(-1, 1, 7)
         observation, reward, *_ = env.step(action)
-        unit = progress.propose(action[None])
-        values = progress.scale.values(unit, e.start)
+        values = progress.scale.values(progress.propose(action[None]), e.start)
+        unit = progress.scale.unit(values)
         outcome = Outcome.of(bench.run([0], values, 60))
         gain = outcome.indexed_fraction - progress.best_fraction
         assert progress.update(unit, outcome, gain)[0] == pytest.approx(reward)

@@ -114,6 +114,8 @@ TYPICAL_MOVE, MEMORY = 0.1, 0.8
 """Share of a parameter's range; how much of what gains told is left after a step."""
 _BOUND = 3.0
 """Of every number of an observation."""
+_POOL_STREAM = 7021
+"""The pool of a seed is not what validation, or a comparison, draws from the same number."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -333,7 +335,7 @@ class IndexerBench:
             raise ValueError("frames: none to index; name at least one")
         self.indexer, self.frames, self.nominal = indexer, tuple(frames), nominal
         self.start = np.array([[getattr(nominal, name) for name in TUNABLES]], float)
-        self._known: dict[tuple[float, ...], IndexingResult] = {}
+        self._known: dict[tuple[float, ...], dict[int, IndexingResult]] = {}
         self.results: list[tuple[Parameters, IndexingResult]] = []
         """Everything that was run, in order."""
 
@@ -351,16 +353,13 @@ class IndexerBench:
         return BatchResult.of([self._run(tuple(map(float, row)), num_frames) for row in values])
 
     def _run(self, values: tuple[float, ...], num_frames: int) -> IndexingResult:
-        parameters, known = self.parameters(np.array(values)), self._known.get(values)
-        if known is None or known.num_frames != num_frames:
-            done = 0 if known is None or known.num_frames > num_frames else known.num_frames
+        parameters, known = self.parameters(np.array(values)), self._known.setdefault(values, {})
+        if num_frames not in known:
+            done = max((n for n in known if n < num_frames), default=0)
             result = self.indexer.run(parameters, self.frames[done:num_frames])
-            if known is not None and done:
-                result = concatenate([known, result])
-            self._known[values] = result
-            self.results.append((parameters, result))
-            return result
-        return known
+            known[num_frames] = concatenate([known[done], result]) if done else result
+            self.results.append((parameters, known[num_frames]))
+        return known[num_frames]
 
 
 # ---- the environments ----------------------------------------------------------------------------
@@ -440,8 +439,10 @@ class CrystFELTuningEnv(gym.Env[np.ndarray, Any]):
         """Evaluates what the action proposes."""
         if self._progress is None:
             raise gym.error.ResetNeeded("call reset() before the first step")
-        unit = self._progress.propose(np.asarray(action)[None])
-        values = self.scale.values(unit, self.bench.start)
+        values = self.scale.values(
+            self._progress.propose(np.asarray(action)[None]), self.bench.start
+        )
+        unit = self.scale.unit(values)  # as evaluated: integers are whole
         outcome = self._evaluate(values)
         gain = outcome.indexed_fraction - self._progress.best_fraction
         reward = self._progress.update(unit, outcome, gain)
@@ -508,7 +509,7 @@ class CrystFELVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         self.single_observation_space = observation_space(config)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(None if seed is None else [seed, _POOL_STREAM])
         self._pool = draw_experiments(rng, kind, pool_size)
         self._pool_best = best_fraction(self._pool, 100)
         self._bench: SurrogateBench | None = None
@@ -534,8 +535,8 @@ class CrystFELVectorEnv(VectorEnv[np.ndarray, Any, np.ndarray]):
         if self._is_over:
             return self._begin(), np.zeros(self.num_envs), nothing, nothing.copy(), {}
         progress, bench = self._progress, self._bench
-        unit = progress.propose(actions)
-        values = self.scale.values(unit, bench.start)
+        values = self.scale.values(progress.propose(actions), bench.start)
+        unit = self.scale.unit(values)  # as evaluated: integers are whole
         outcome = Outcome.of(bench.run(self._rows, values, bench.num_frames))
         gain = outcome.indexed_fraction - progress.best_fraction
         before = progress.best_fraction
