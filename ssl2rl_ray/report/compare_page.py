@@ -169,7 +169,8 @@ def _page(document: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     lead = escape(
         f"{document['metric']} of {len(groups)} group{'s' * (len(groups) != 1)}, "
         f"{_what(document)}. IQM: the mean of the middle half of the runs (Agarwal et al. 2021, "
-        "arXiv:2108.13264). “Established” means that the 95 % interval of the difference "
+        "arXiv:2108.13264). All runs are validated alike, so intervals are over training seeds and "
+        "say nothing of other sessions. “Established” means that the 95 % interval of the difference "
         f"excludes 0 and that both have at least {MIN_SEEDS} seeds, without a correction for how "
         "many are looked at."
     )
