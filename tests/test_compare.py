@@ -133,6 +133,15 @@ def test_curves_stand_until_the_next_look_and_end_with_the_first_run(tmp_path):
     assert line["low"] == [0, 2, 2, 4] and line["high"] == [2, 2, 4, 4]
 
 
+def test_runs_that_end_within_5_percent_end_together(tmp_path):
+    write_run(tmp_path / "a", scores=(0, 2, 4), steps=(0, 100, 200))
+    write_run(tmp_path / "b", seed=1, scores=(0, 2, 8), steps=(0, 100, 210))
+    document = compare([tmp_path])
+    (line,) = one(document["figures"]["curves-steps"]["panels"], statistic="mean")["lines"]
+    assert line["x"][-2:] == [200, 210] and line["mean"][-2:] == [3, 6]
+    assert not any("different lengths" in note for note in document["notes"])
+
+
 def test_areas_are_over_what_all_runs_have(tmp_path):
     write_run(tmp_path / "a", scores=(0, 4, 4), steps=(0, 100, 200))
     write_run(tmp_path / "b", "algorithm.n_step=1", scores=(0, 4, 4), steps=(0, 100, 1000))

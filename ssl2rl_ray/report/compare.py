@@ -48,6 +48,8 @@ MIN_SEEDS = 5
 one of five cases, those of five in 6 % (benchmarks/interval_coverage.py)."""
 _MAX_POINTS = 200
 """Of a curve."""
+_TOGETHER = 1.05
+"""Runs whose ends differ by no more than this end together: few stop at the very step."""
 _SEED = 20210831
 """Of the resamples: the same runs give the same bytes."""
 
@@ -506,7 +508,7 @@ def _cautions(groups: Sequence[Group], tasks: Sequence[str], kind: _Kind) -> Ite
     runs = [run for group in groups for own in group.runs.values() for run in own]
     for task in tasks:
         last = {run.x[-1] for group in groups for run in group.runs[task]}
-        if max(last) > 1.05 * min(last):
+        if max(last) > _TOGETHER * min(last):
             yield (
                 f"{task + ': ' if task else ''}runs end between {min(last):,.0f} and "
                 f"{max(last):,.0f} {runs[0].x_label}: their final scores are of different lengths; "
@@ -683,9 +685,15 @@ def _figures(groups: Sequence[Group], tasks: Sequence[str], metric: str) -> dict
 
 _GRID = (
     "Looks at different runs do not fall together: all are put on one grid, on which the last "
-    "look stands until the next, and a curve ends where the first of its runs ends. "
+    "look stands until the next, and a curve ends where the first of its runs ends (the last, where "
+    "all end within 5 %). "
 )
 _BAND = "Bands: pointwise 95 % bootstrap over runs; of a single run there is none."
+
+
+def _end(last: Sequence[float]) -> float:
+    """Where a curve over runs ends: its last looks should be of all runs, not of the earliest."""
+    return max(last) if max(last) <= _TOGETHER * min(last) else min(last)
 
 
 def _curves(
@@ -706,7 +714,7 @@ def _curves(
         for name, statistic in (("interquartile mean", interquartile_mean), ("mean", np.mean)):
             lines = []
             for i, (label, own) in enumerate(curves.items()):
-                begin, end = max(x[0] for x, _ in own), min(x[-1] for x, _ in own)
+                begin, end = max(x[0] for x, _ in own), _end([x[-1] for x, _ in own])
                 at = looks[(looks >= begin) & (looks <= end)]
                 if not len(at):
                     continue
