@@ -685,8 +685,8 @@ def _figures(groups: Sequence[Group], tasks: Sequence[str], metric: str) -> dict
 
 _GRID = (
     "Looks at different runs do not fall together: all are put on one grid, on which the last "
-    "look stands until the next, and a curve ends where the first of its runs ends (the last, where "
-    "all end within 5 %). "
+    "look stands until the next, and a curve ends where the first of its runs ends (the last, "
+    "where all end within 5 %). "
 )
 _BAND = "Bands: pointwise 95 % bootstrap over runs; of a single run there is none."
 
