@@ -41,7 +41,8 @@ from ssl2rl_ray.stats import difference, estimate
 
 NUM_ENVS = 4
 SEA_SIZE = 10
-RETURNS = {"catch": (-1.0, 1.0), "deep_sea": (-0.01, 1.0)}
+SHAPES = {"catch": (10, 5), "large_catch": (20, 10), "deep_sea": (SEA_SIZE + 1, SEA_SIZE)}
+RETURNS = {"catch": (-1.0, 1.0), "large_catch": (-1.0, 1.0), "deep_sea": (-0.01, 1.0)}
 """The lowest and the highest of each task: the support."""
 COMMON: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -76,8 +77,8 @@ class Board(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def __init__(self, task: str, num_envs: int, mapping_seed: int) -> None:
         """``mapping_seed``: of what the actions of ``deep_sea`` do."""
-        self.is_catch, self.num_envs, self.at = task == "catch", num_envs, np.arange(num_envs)
-        self.shape = (10, 5) if self.is_catch else (SEA_SIZE + 1, SEA_SIZE)
+        self.is_catch, self.num_envs, self.at = task != "deep_sea", num_envs, np.arange(num_envs)
+        self.shape = SHAPES[task]
         rng = np.random.default_rng([mapping_seed, SEA_SIZE])
         self.right = rng.integers(0, 2, (SEA_SIZE, SEA_SIZE))
         self.num_features = self.shape[0] * self.shape[1]
@@ -93,8 +94,8 @@ class Board(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """A ball in a random column and the paddle in the middle; or the first row's left end."""
         super().reset(seed=seed)
         self.row, self.is_over = 0, False
-        self.ball = self.np_random.integers(0, 5, self.num_envs)
-        self.column = np.full(self.num_envs, 2 if self.is_catch else 0)
+        self.ball = self.np_random.integers(0, self.shape[1], self.num_envs)
+        self.column = np.full(self.num_envs, self.shape[1] // 2 if self.is_catch else 0)
         return self.observe(), {}
 
     def step(self, actions: np.ndarray) -> tuple[Any, ...]:
@@ -104,7 +105,7 @@ class Board(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             return self.reset()[0], reward, nothing, nothing.copy(), {}
         self.is_over = self.row == self.shape[0] - 2
         if self.is_catch:
-            self.column = np.clip(self.column + np.asarray(actions) - 1, 0, 4)
+            self.column = np.clip(self.column + np.asarray(actions) - 1, 0, self.shape[1] - 1)
             reward += self.is_over * np.where(self.column == self.ball, 1.0, -1.0)
         else:
             is_right = np.asarray(actions) == self.right[self.row, self.column]

@@ -20,13 +20,15 @@ from envs.crystfel.types import TuningConfig
 from ssl2rl_ray import schema
 from ssl2rl_ray.recipes import (
     A2CConfig,
+    AnyRainbow,
     DQNConfig,
     NavigationAlgorithm,
     PolicyAlgorithm,
     PPOConfig,
-    RainbowConfig,
     TuningAlgorithm,
+    TuningPolicyAlgorithm,
     TuningPPOConfig,
+    TuningValueAlgorithm,
     ValueAlgorithm,
 )
 from ssl2rl_ray.schema import (
@@ -611,7 +613,10 @@ def _ssl2rl_problems(config: SSL2RLRunConfig) -> Iterator[str]:
     if "q-values" in rules and loop.navigator != "algorithm":
         yield f"loop.methods: q-values are of trained policies, loop.navigator is {loop.navigator}"
     if "q-values" in rules and isinstance(config.algorithm, PolicyAlgorithm):
-        yield f"loop.methods: q-values need action values, and {config.algorithm.name} learns none"
+        yield (
+            f"loop.methods: q-values need action values, and {config.algorithm.name} learns none: "
+            "set algorithm.name dqn or rainbow, or take the visit order (ssl2rl-480)"
+        )
     if config.pretraining.num_folds == 0:
         if "posterior" in rules or any(method.is_posterior_seen for method in methods):
             yield "loop.methods: the posterior needs pretraining.num_folds of 2 or more"
@@ -717,7 +722,11 @@ def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
 
 
 def _value_problems(
-    algorithm: ValueAlgorithm, *, num_streams: int, rollout_length: int, num_env_steps: int
+    algorithm: ValueAlgorithm | TuningValueAlgorithm,
+    *,
+    num_streams: int,
+    rollout_length: int,
+    num_env_steps: int,
 ) -> Iterator[str]:
     """Of learning from replay, whatever the task."""
     if algorithm.final_learning_rate > algorithm.learning_rate:
@@ -732,7 +741,7 @@ def _value_problems(
             ("priority_exponent", "importance_exponent"),
             "by uniform replay; set is_prioritized too",
         )
-    if isinstance(algorithm, RainbowConfig):
+    if isinstance(algorithm, AnyRainbow):
         yield from _rainbow_problems(algorithm)
     num_rows = max(2 * (algorithm.n_step + 1), rollout_length)
     if algorithm.buffer_capacity < num_rows * num_streams:
@@ -744,7 +753,7 @@ def _value_problems(
         yield "algorithm.learning_starts: is not below training.num_env_steps; it would never learn"
 
 
-def _rainbow_problems(algorithm: RainbowConfig) -> Iterator[str]:
+def _rainbow_problems(algorithm: AnyRainbow) -> Iterator[str]:
     if not algorithm.is_noisy:
         yield from _ignored(algorithm, ("initial_noise",), "without noise; set is_noisy too")
         if algorithm.epsilon_initial == 0:
@@ -772,7 +781,9 @@ def _ignored(algorithm: Any, names: Sequence[str], why: str) -> Iterator[str]:
             yield f"algorithm.{name}: is ignored {why}"
 
 
-def _policy_problems(algorithm: PolicyAlgorithm | TuningAlgorithm, num_rows: int) -> Iterator[str]:
+def _policy_problems(
+    algorithm: PolicyAlgorithm | TuningPolicyAlgorithm, num_rows: int
+) -> Iterator[str]:
     """Of learning a policy from fragments of ``num_rows`` env steps, whatever the task."""
     if algorithm.final_learning_rate > algorithm.learning_rate:
         yield "algorithm.final_learning_rate: is above algorithm.learning_rate, from which it falls"
@@ -785,8 +796,26 @@ def _policy_problems(algorithm: PolicyAlgorithm | TuningAlgorithm, num_rows: int
 
 
 def _crystfel_problems(config: CrystFELRunConfig) -> Iterator[str]:
-    num_streams = max(1, config.training.num_env_runners) * config.training.num_envs
-    yield from _policy_problems(config.algorithm, num_streams * config.env.num_steps)
+    algorithm, training, env = config.algorithm, config.training, config.env
+    num_streams = max(1, training.num_env_runners) * training.num_envs
+    if not isinstance(algorithm, TuningValueAlgorithm):
+        yield from _policy_problems(algorithm, num_streams * env.num_steps)
+        return
+    if env.action != "discrete":
+        yield (
+            f"env.action: {algorithm.name} learns what discrete changes are worth; set discrete, "
+            "or algorithm.name ppo or a2c"
+        )
+    if isinstance(algorithm, AnyRainbow) and (
+        algorithm.is_distributional and algorithm.v_min is None and env.time_cost > 0
+    ):
+        yield "algorithm.v_min: set it; env.time_cost makes returns negative, nobody knows how much"
+    yield from _value_problems(
+        algorithm,
+        num_streams=num_streams,
+        rollout_length=env.num_steps + 1,
+        num_env_steps=training.num_env_steps,
+    )
 
 
 def _perception_problems(config: PerceptionRunConfig) -> Iterator[str]:

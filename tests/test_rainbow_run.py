@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -13,21 +14,27 @@ import torch
 from envs.cryoem.env import CryoEMVectorEnv
 from envs.cryoem.stack import SessionStack, unpack_visited
 from envs.cryoem.synthetic import draw_session
+from envs.crystfel.env import num_features
+from envs.crystfel.types import TuningConfig
 from ssl2rl_ray.algorithms.networks import CandidateNetwork, VectorNetwork
 from ssl2rl_ray.algorithms.noisy import NoisyLinear
 from ssl2rl_ray.algorithms.policy import Artefact
 from ssl2rl_ray.config import (
+    CrystFELRunConfig,
     EnvConfig,
+    ExperimentsConfig,
     NavigationRunConfig,
     SessionsConfig,
     TrainingConfig,
+    TuningTrainingConfig,
     check,
     from_dict,
     navigation_config,
 )
-from ssl2rl_ray.recipes import RainbowConfig
+from ssl2rl_ray.recipes import RainbowConfig, TuningDQNConfig, TuningRainbowConfig
 from ssl2rl_ray.runs import RunDirectory
 from ssl2rl_ray.schema import ConfigError
+from ssl2rl_ray.tuning.policy import TuningPolicy
 
 ray = pytest.importorskip("ray")
 from ray.rllib.core.columns import Columns  # noqa: E402
@@ -37,6 +44,7 @@ from ssl2rl_ray import train as training_room  # noqa: E402
 from ssl2rl_ray.algorithms import dqn, rainbow  # noqa: E402
 from ssl2rl_ray.algorithms.module import Q_TM1, V_T  # noqa: E402
 from ssl2rl_ray.train import train  # noqa: E402
+from ssl2rl_ray.tuning import train as tuning_room  # noqa: E402
 
 pytestmark = [
     pytest.mark.ray,
@@ -415,6 +423,8 @@ sys.modules["ray"] = None  # importing it raises ImportError
 import numpy as np
 from envs.cryoem.stack import SessionStack
 from envs.cryoem.synthetic import draw_session
+from envs.crystfel.env import num_features
+from envs.crystfel.types import TuningConfig
 from ssl2rl_ray.algorithms.policy import Artefact
 loaded = Artefact.load(Path(sys.argv[1]))
 table = draw_session(np.random.default_rng(1))
@@ -446,6 +456,119 @@ def test_a_run_goes_on_after_it_was_stopped(tmp_path):
     with RunDirectory.resume(tmp_path / "run", config) as run:
         summary = train(config, run, progress=rows.append)
     assert rows[0]["num_env_steps"] > stopped_at[-1] and summary["num_env_steps"] >= 900
+
+
+# ---- tuning --------------------------------------------------------------------------------------
+
+
+def tuning_config(algorithm, **env):
+    rules = {"tunables": ("min_snr", "clen_offset_percent"), "num_frames": 30, "num_steps": 4}
+    return CrystFELRunConfig(
+        env=TuningConfig(**{"action": "discrete", **rules, **env}),
+        experiments=ExperimentsConfig(pool_size=32),
+        algorithm=algorithm,
+        training=TuningTrainingConfig(
+            num_env_steps=800,
+            num_envs=16,
+            evaluation_interval_steps=400,
+            num_validation_experiments=8,
+        ),
+    )
+
+
+SMALL = {"hidden_sizes": (8,), "learning_starts": 100, "batch_size": 32, "buffer_capacity": 2000}
+
+
+@pytest.mark.parametrize("make", [TuningDQNConfig, TuningRainbowConfig])
+def test_tuning_by_action_values_leaves_a_policy_that_tunes(tmp_path, make):
+    config = tuning_config(make(**SMALL))
+    check(config)
+    with RunDirectory.create(tmp_path / "run", config) as run:
+        summary = tuning_room.train(config, run, progress=lambda row: None)
+        state = torch.load(run.best / "state.pt", weights_only=True)
+    assert summary["num_updates"] > 0 and 0 < summary["best_share_of_best"] <= 1.2
+    policy = TuningPolicy.load(run.policy)
+    assert policy.values == tuning_room.values_of(config) and policy.name == config.algorithm.name
+    # the same actions as the module's
+    observation = torch.randn(64, num_features(config.env))
+    module = rainbow.RainbowModule(
+        observation_space=gym.spaces.Box(-9, 9, observation.shape[1:]),
+        action_space=gym.spaces.Discrete(5),
+        model_config={
+            "make_network": functools.partial(tuning_room.network_of, config),
+            "epsilon": (0, 0, 1),
+        },
+    )
+    module.network.load_state_dict(
+        {
+            name.removeprefix("network."): torch.as_tensor(value)
+            for name, value in state["module"].items()
+            if name.startswith("network.")
+        }
+    )
+    action = module.forward_inference({Columns.OBS: observation})[Columns.ACTIONS].numpy()
+    assert np.array_equal(policy.act(observation.numpy()), action)
+    rng = np.random.default_rng(0)
+    assert np.array_equal(policy.act(observation.numpy(), rng), action)
+    stuck = policy.act(observation.numpy(), rng, np.full((64, 1), 0.1))
+    assert 0.5 < (stuck != action).mean() < 1
+
+
+def test_the_support_of_tuning_is_what_can_be_gained():
+    config = tuning_config(TuningRainbowConfig())
+    low, high, num = tuning_room.values_of(config).support
+    assert (low, num) == (0, 51) and high == pytest.approx(1.05**0.5 - 0.02**0.5)
+    change = tuning_config(TuningRainbowConfig(), reward="change")
+    assert tuning_room.values_of(change).support == (-1, 1, 51)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (tuning_config(TuningDQNConfig(), action="continuous"), "env.action: dqn learns what disc"),
+        (tuning_config(TuningRainbowConfig(), time_cost=1.0), "algorithm.v_min: set it; env.time"),
+        (
+            tuning_config(TuningDQNConfig(**SMALL | {"buffer_capacity": 120})),
+            "buffer_capacity: 16 epis",
+        ),
+    ],
+)
+def test_tuning_settings_that_do_not_go_together_are_named(config, problem):
+    with pytest.raises(ConfigError, match=problem):
+        check(config)
+
+
+def test_action_values_of_continuous_actions_are_refused():
+    with pytest.raises(ValueError, match="a2c and ppo learn continuous ones"):
+        rainbow.RainbowModule(
+            observation_space=gym.spaces.Box(-1, 1, (4,)),
+            action_space=gym.spaces.Box(-1, 1, (2,)),
+            model_config={"make_network": lambda: None, "epsilon": (0, 0, 1)},
+        )
+
+
+def cartpole(*, num_envs, seed):
+    return gym.make_vec("CartPole-v1", num_envs, vectorization_mode="sync")
+
+
+def cartpole_network():
+    return VectorNetwork(4, 2, (16,), support=(0.0, 99.0, 21), initial_noise=0.5)
+
+
+def test_any_task_of_gymnasium_is_learned():
+    algorithm = rainbow.build(
+        recipe_of(reward_scale=1.0, learning_rate=2e-3),
+        TrainingConfig(num_env_steps=3000, num_envs_per_runner=4),
+        make_env=cartpole,
+        make_network=cartpole_network,
+        seed=0,
+    )
+    until(algorithm, 300)
+    at_first = algorithm.mean_return
+    until(algorithm, 3000)
+    assert algorithm.mean_return > max(30, at_first)  # by chance 22
+    assert algorithm.replay.observation[""].shape[2:] == (4,)
+    algorithm.stop()
 
 
 def test_networks_of_flat_observations_serve_too():

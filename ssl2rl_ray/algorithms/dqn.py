@@ -51,7 +51,7 @@ from ssl2rl_ray.algorithms.runner import Columnar, ColumnarEnvRunner
 from ssl2rl_ray.checkpoint import check_same_network, to_arrays, to_tensors
 from ssl2rl_ray.checkpoint import weights_hash as weights_hash
 from ssl2rl_ray.config import TrainingConfig
-from ssl2rl_ray.recipes import DQNConfig, ValueAlgorithm
+from ssl2rl_ray.recipes import DQNConfig, TuningValueAlgorithm, ValueAlgorithm
 
 MakeEnv = Callable[..., VectorEnv]
 """``make_env(num_envs=..., seed=...)``; it travels to the runners, so it must be picklable."""
@@ -68,7 +68,7 @@ class NavigationDQNConfig(rllib_dqn.DQNConfig):
     def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
         """``recipe`` and ``num_env_steps`` (of the whole run) are set by ``build``."""
         super().__init__(algo_class=algo_class or DQN)
-        self.recipe: ValueAlgorithm = DQNConfig()
+        self.recipe: ValueAlgorithm | TuningValueAlgorithm = DQNConfig()
         self.num_env_steps = TrainingConfig().num_env_steps
 
     def validate(self) -> None:
@@ -184,7 +184,7 @@ class DQN(rllib_dqn.DQN):
             num_streams=max(1, int(self.config.num_env_runners or 0))
             * int(self.config.num_envs_per_env_runner),
             n_step=recipe.n_step,
-            discount_per_min=recipe.discount_per_min,
+            discount_per_min=recipe.discount,
             is_prioritized=recipe.is_prioritized,
             priority_exponent=recipe.priority_exponent,
         )
@@ -375,7 +375,7 @@ def _as_seen(observation: dict[str, np.ndarray]) -> Any:
 
 
 def build(
-    config: ValueAlgorithm,
+    config: ValueAlgorithm | TuningValueAlgorithm,
     training: TrainingConfig,
     *,
     make_env: MakeEnv,

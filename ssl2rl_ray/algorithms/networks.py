@@ -27,7 +27,7 @@ from envs.cryoem.types import FloatArray, IntArray, NavigationConfig
 from ssl2rl_ray.algorithms.expander import Expanded, Expander
 from ssl2rl_ray.algorithms.losses import make_support
 from ssl2rl_ray.algorithms.noisy import make_linear
-from ssl2rl_ray.recipes import RainbowConfig
+from ssl2rl_ray.recipes import AnyRainbow
 
 Support = tuple[float, float, int]
 """Lowest and highest return, and the number of atoms from one to the other."""
@@ -371,7 +371,7 @@ class VectorNetwork(nn.Module):
 QNetwork = CandidateNetwork | HoleNetwork
 
 
-def support_of(config: RainbowConfig, lowest: float, highest: float) -> Support | None:
+def support_of(config: AnyRainbow, lowest: float, highest: float) -> Support | None:
     """The support of a recipe: as asked, else the task's returns, times ``reward_scale``.
 
     None where values are no distributions. Raises ValueError where that is no range.

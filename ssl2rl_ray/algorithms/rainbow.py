@@ -42,7 +42,7 @@ from ssl2rl_ray.algorithms.module import NavigationModule
 from ssl2rl_ray.algorithms.networks import expectation
 from ssl2rl_ray.algorithms.noisy import NoisyLinear, resample, silence, without_noise
 from ssl2rl_ray.config import TrainingConfig
-from ssl2rl_ray.recipes import RainbowConfig
+from ssl2rl_ray.recipes import AnyRainbow
 
 TAKEN = "taken"
 """Outputs (B, Z) and offsets (B,) of the actions taken, with gradient."""
@@ -136,7 +136,7 @@ class Rainbow(dqn.DQN):
 
 
 def build(
-    config: RainbowConfig,
+    config: AnyRainbow,
     training: TrainingConfig,
     *,
     make_env: dqn.MakeEnv,

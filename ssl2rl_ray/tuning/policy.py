@@ -26,6 +26,7 @@ from envs.crystfel.env import FREE_OUTPUTS, Outcome, Progress, num_features
 from envs.crystfel.rivals import Make, Trial
 from envs.crystfel.types import FloatArray, TuningConfig
 from ssl2rl_ray.algorithms.actor_critic import MAX_LOG_SPREAD, tanh_mlp
+from ssl2rl_ray.algorithms.networks import Support, VectorNetwork
 
 FORMAT = "ssl2rl-tuning-policy"
 FORMAT_VERSION = 1
@@ -44,9 +45,32 @@ def num_outputs(config: TuningConfig) -> int:
     return 2 * num if config.action == "continuous" else 2 * num + 1
 
 
-def make_network(config: TuningConfig, hidden_sizes: tuple[int, ...]) -> nn.Sequential:
-    """(E, F) -> (E, ``num_outputs``), tanh between the layers."""
-    return tanh_mlp((num_features(config), *hidden_sizes), num_outputs(config))
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """Of a policy whose scores are action values (dqn, rainbow): how its network is made."""
+
+    is_dueling: bool = True
+    support: Support | None = None
+    """Of the distributions whose means are the action values, where they are."""
+
+
+def make_network(
+    config: TuningConfig,
+    hidden_sizes: tuple[int, ...],
+    values: Values | None = None,
+    initial_noise: float | None = None,
+) -> nn.Module:
+    """(E, F) -> (E, ``num_outputs``): a policy, tanh between the layers, or action values."""
+    if values is None:
+        return tanh_mlp((num_features(config), *hidden_sizes), num_outputs(config))
+    return VectorNetwork(
+        num_features(config),
+        num_outputs(config),
+        hidden_sizes,
+        is_dueling=values.is_dueling,
+        support=values.support,
+        initial_noise=initial_noise,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,14 +78,17 @@ class TuningPolicy:
     """Greedy (the mean action, or the one of the highest score), or as spread as it learned to be.
 
     The spread is part of what was learned: wide where nothing is known, narrow where the outputs
-    say what is wrong.
+    say what is wrong. Action values have none: the best one is taken, and one by chance where the
+    policy is stuck.
     """
 
-    network: nn.Sequential
+    network: nn.Module
     config: TuningConfig
     """The rules that it was trained under."""
     hidden_sizes: tuple[int, ...]
     name: str = "ppo"
+    values: Values | None = None
+    """None: the scores are logits, or means and logs of sds."""
 
     @classmethod
     def of(
@@ -70,15 +97,18 @@ class TuningPolicy:
         config: TuningConfig,
         hidden_sizes: tuple[int, ...],
         name: str = "ppo",
+        values: Values | None = None,
     ) -> Self:
         """From the weights of ``make_network``; raises PolicyError where they do not fit."""
-        network = make_network(config, hidden_sizes)
+        network = make_network(config, hidden_sizes, values)
         try:
             network.load_state_dict(dict(weights))
         except RuntimeError as error:
             raise PolicyError(f"policy {name}: weights and description differ: {error}") from error
         network.eval().requires_grad_(False)
-        return cls(network=network, config=config, hidden_sizes=hidden_sizes, name=name)
+        return cls(
+            network=network, config=config, hidden_sizes=hidden_sizes, name=name, values=values
+        )
 
     @torch.no_grad()
     def act(
@@ -92,6 +122,8 @@ class TuningPolicy:
         ``least_sd``: of (E, 1) or all, where the policy has grown too sure of itself.
         """
         output = self.network(torch.as_tensor(observation, dtype=torch.float32)).numpy()
+        if self.values is not None:
+            return _best_unless_stuck(output, rng, least_sd)
         if self.config.action == "discrete":
             noise = 0.0 if rng is None else rng.gumbel(size=output.shape)
             return (output + noise).argmax(1)
@@ -113,6 +145,7 @@ class TuningPolicy:
             "config": dataclasses.asdict(self.config),
             "free_outputs": list(FREE_OUTPUTS),
             "hidden_sizes": list(self.hidden_sizes),
+            "values": None if self.values is None else dataclasses.asdict(self.values),
             "num_parameters": sum(value.numel() for value in weights.values()),
         }
         (folder / "policy.json").write_text(json.dumps(description, indent=1) + "\n")
@@ -150,6 +183,7 @@ class TuningPolicy:
                 TuningConfig(**rules),
                 tuple(description["hidden_sizes"]),
                 description["name"],
+                _values_of(description.get("values")),
             )
         except PolicyError:
             raise
@@ -175,6 +209,26 @@ class TuningPolicy:
             return PolicyOptimiser(self, start, outcome, rng)
 
         return make
+
+
+def _best_unless_stuck(
+    q: FloatArray, rng: np.random.Generator | None, least_sd: FloatArray | float
+) -> FloatArray:
+    """(E,) the best of (E, A) action values; any where more spread is asked for."""
+    best = q.argmax(1)
+    if rng is None:
+        return best
+    is_stuck = np.broadcast_to(np.asarray(least_sd) > 0, (len(q), 1))[:, 0]
+    return np.where(is_stuck, rng.integers(q.shape[1], size=len(q)), best)
+
+
+def _values_of(described: dict[str, Any] | None) -> Values | None:
+    if described is None:
+        return None
+    support = described["support"]
+    return Values(
+        is_dueling=described["is_dueling"], support=None if support is None else tuple(support)
+    )
 
 
 class PolicyOptimiser:

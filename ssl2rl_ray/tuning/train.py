@@ -14,16 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from envs.crystfel.env import CrystFELVectorEnv, SurrogateBench, num_features
+from envs.crystfel.env import CrystFELVectorEnv, SurrogateBench, num_features, worth
 from envs.crystfel.rivals import tune
 from envs.crystfel.surrogate import Sample, best_fraction, draw_experiments, true_fraction
 from ssl2rl_ray.algorithms.actor_critic import VectorActorCritic
+from ssl2rl_ray.algorithms.networks import support_of
 from ssl2rl_ray.config import CrystFELRunConfig, TrainingConfig, check
 from ssl2rl_ray.learn import Task, learn, training_row
 from ssl2rl_ray.local_ray import local_ray
+from ssl2rl_ray.recipes import AnyRainbow, TuningValueAlgorithm
 from ssl2rl_ray.runs import RunDirectory
-from ssl2rl_ray.tuning.policy import TuningPolicy, num_outputs
+from ssl2rl_ray.tuning.policy import TuningPolicy, Values, make_network, num_outputs
 
 _VALIDATION_SEED = 20210331
 _VALIDATED_AT = (10, 20)
@@ -46,8 +49,14 @@ def training_env(config: CrystFELRunConfig, *, num_envs: int, seed: int) -> Crys
     )
 
 
-def network_of(config: CrystFELRunConfig) -> VectorActorCritic:
-    """The policy and its value."""
+def network_of(config: CrystFELRunConfig) -> nn.Module:
+    """The policy and its value; or action values, with noise where they are explored by it."""
+    algorithm = config.algorithm
+    if isinstance(algorithm, TuningValueAlgorithm):
+        noise = None
+        if isinstance(algorithm, AnyRainbow) and algorithm.is_noisy:
+            noise = algorithm.initial_noise
+        return make_network(config.env, algorithm.hidden_sizes, values_of(config), noise)
     return VectorActorCritic(
         num_features(config.env),
         num_outputs(config.env),
@@ -56,8 +65,28 @@ def network_of(config: CrystFELRunConfig) -> VectorActorCritic:
     )
 
 
+def values_of(config: CrystFELRunConfig) -> Values | None:
+    """What action values are made of, where the algorithm learns some.
+
+    Returns are rises of what a share of the best fraction is worth, or changes of the fraction
+    (``env.reward``); a discount leaves them within the same bounds.
+    """
+    algorithm = config.algorithm
+    if not isinstance(algorithm, TuningValueAlgorithm):
+        return None
+    support = None
+    if isinstance(algorithm, AnyRainbow):
+        nothing, everything = worth(np.array([0.0, np.inf]))
+        is_best = config.env.reward == "best"
+        support = support_of(algorithm, *((0.0, everything - nothing) if is_best else (-1.0, 1.0)))
+    return Values(is_dueling=algorithm.dueling, support=support)
+
+
 def policy_of(weights: dict[str, torch.Tensor], config: CrystFELRunConfig) -> TuningPolicy:
     """The policy among the weights of ``network_of``."""
+    algorithm, values = config.algorithm, values_of(config)
+    if values is not None:
+        return TuningPolicy.of(weights, config.env, algorithm.hidden_sizes, algorithm.name, values)
     found = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
     return TuningPolicy.of(found, config.env, config.algorithm.hidden_sizes, config.algorithm.name)
 
