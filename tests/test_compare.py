@@ -366,6 +366,10 @@ def test_tasks_are_strata_in_units_of_their_mean(two_tasks):
     final = one(document["scores"], quantity="final", group="n_step=3")
     assert final["mean"] == pytest.approx(1.2) and final["n"] == 5
     assert final["mean_high"] - final["mean_low"] < 0.06  # the tasks' own difference is no spread
+    alone = one(document["task_scores"], quantity="final", group="n_step=3", task="budget_min=480")
+    assert (alone["mean"], alone["iqm"], alone["n"]) == (pytest.approx(60), pytest.approx(60), 5)
+    page = write_comparison(document, two_tasks.parent / "out").read_text()
+    assert "<td>60.00 (" in page and "<td>6.00 (" in page
     run = one(document["runs"], run="480-3-2")
     assert (run["task"], run["final"]) == ("budget_min=480", pytest.approx(60))
     pair = one(document["pairs"], quantity="final", group="n_step=3", against="n_step=1")

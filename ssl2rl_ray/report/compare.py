@@ -444,6 +444,7 @@ def compare(
         "tasks": [{"task": task, "scale": scales[task]} for task in named],
         "groups": [_about(group, [g.settings for g in groups]) for group in groups],
         "scores": _scores(groups, values),
+        "task_scores": _task_scores(groups, values, scales),
         "pairs": _pairs(groups, values),
         "thresholds": [] if threshold is None else _thresholds(groups, threshold),
         "runs": [
@@ -568,17 +569,32 @@ def _strata(group: Group, values: dict[str, dict[Path, float]]) -> list[FloatArr
 
 
 def _scores(groups: Sequence[Group], values: Values) -> list[dict[str, Any]]:
-    found = []
-    for quantity in QUANTITIES:
-        for group in groups:
-            if (strata := _strata(group, values[quantity])) is None:
-                continue
-            row: dict[str, Any] = {"quantity": quantity, "group": group.label}
-            row["n"] = min(map(len, strata))
-            for name, statistic in (("iqm", interquartile_mean), ("mean", np.mean)):
-                rng = np.random.default_rng(_SEED)
-                row |= _named(name, estimate(strata, rng, statistic))
-            found.append(row)
+    """Over all tasks."""
+    return [
+        {"quantity": quantity, "group": group.label} | _statistics(strata)
+        for quantity in QUANTITIES
+        for group in groups
+        if (strata := _strata(group, values[quantity])) is not None
+    ]
+
+
+def _task_scores(
+    groups: Sequence[Group], values: Values, scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Of each task apart, in its own unit; nothing where there is one task only."""
+    return [
+        {"quantity": quantity, "task": task, "group": group.label} | _statistics([stratum * scale])
+        for quantity in QUANTITIES
+        for group in groups
+        if len(scales) > 1 and (strata := _strata(group, values[quantity])) is not None
+        for (task, scale), stratum in zip(scales.items(), strata, strict=True)
+    ]
+
+
+def _statistics(strata: Sequence[FloatArray]) -> dict[str, Any]:
+    found: dict[str, Any] = {"n": min(map(len, strata))}
+    for name, statistic in (("iqm", interquartile_mean), ("mean", np.mean)):
+        found |= _named(name, estimate(strata, np.random.default_rng(_SEED), statistic))
     return found
 
 

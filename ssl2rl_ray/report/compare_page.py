@@ -34,7 +34,7 @@ def write_comparison(
     check_out(out, force=force)
     files = {
         f"{name}.csv": to_csv(document[name])
-        for name in ("scores", "pairs", "thresholds", "runs")
+        for name in ("scores", "task_scores", "pairs", "thresholds", "runs")
         if document[name]
     }
     images = {}
@@ -117,12 +117,17 @@ def _by_score(document: Mapping[str, Any], quantity: str) -> list[str]:
 
 
 def _interval(
-    row: Mapping[str, Any] | None, name: str, document: Mapping[str, Any], *, sign: bool = False
+    row: Mapping[str, Any] | None,
+    name: str,
+    document: Mapping[str, Any],
+    *,
+    sign: bool = False,
+    is_raw: bool = False,
 ) -> str:
-    """``value (low to high)``."""
+    """``value (low to high)``; ``is_raw``: in the unit of the metric, also over several tasks."""
     if row is None or row[name] is None:
         return "–"
-    is_share = name == "probability" or len(document["tasks"]) > 1
+    is_share = name == "probability" or (len(document["tasks"]) > 1 and not is_raw)
     decimals = (2 if name == "probability" else 3) if is_share else document["decimals"]
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     text = number(row[name], decimals, sign=sign)
@@ -259,7 +264,25 @@ def _scores_html(document: Mapping[str, Any]) -> str:
         ]
         parts.append(f"<h3>{quantity.capitalize()}: {what}</h3>")
         parts.append(_html_table(("group", "IQM (95 %)", "mean (95 %)", "seeds"), rows))
+    if document["task_scores"]:
+        parts.append("<h3>Final, of each task in its own unit: IQM</h3>")
+        parts.append(_task_scores_html(document))
     return "\n".join(parts)
+
+
+def _task_scores_html(document: Mapping[str, Any]) -> str:
+    found = {
+        (s["group"], s["task"]): _interval(s, "iqm", document, is_raw=True)
+        for s in document["task_scores"]
+        if s["quantity"] == "final"
+    }
+    tasks = [task["task"] for task in document["tasks"]]
+    rows = [
+        (escape(group["group"]), *(found[group["group"], task] for task in tasks))
+        for group in document["groups"]
+    ]
+    caption = '<p class="caption">Numbers: <a href="task_scores.csv">task_scores.csv</a></p>'
+    return caption + _html_table(("group", *tasks), rows)
 
 
 def _thresholds_html(document: Mapping[str, Any]) -> str:
