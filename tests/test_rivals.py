@@ -189,6 +189,11 @@ def test_numbers_that_make_no_sense_are_refused():
         tune(bench, SNR, Listed([]), num_evaluations=0, rng=rng)
     with pytest.raises(ValueError, match="num_first_frames: must be between 1 and 99"):
         tune(bench, SNR, Listed([]), num_evaluations=2, rng=rng, num_first_frames=100)
+    for tuned in ("keep-initial", "random", "noise"):
+        far = Scripted(lambda v: 50, start=15.0)
+        with pytest.raises(ValueError, match="start: min_snr is 15, outside 3 to 12"):
+            tune(far, SNR, RIVALS[tuned], num_evaluations=2, rng=rng)
+        assert not far.asked, "before anything is indexed"
     without = TuningConfig(tunables=("min_peaks",))
     with pytest.raises(ValueError, match="snr-grid: min_snr"):
         tune(bench, without, RIVALS["snr-grid"], num_evaluations=2, rng=rng)

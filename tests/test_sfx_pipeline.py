@@ -257,6 +257,17 @@ def test_files_with_the_same_mask_share_a_map_and_others_do_not(clean, tmp_path,
     assert min(other.ss_px.min(), other.fs_px.min()) >= 100
 
 
+def test_flags_by_hand(clean):
+    geometry = dataclasses.replace(
+        clean.geometry, flag_below=-2.0, flag_above=9.0, flag_equal=(0.0, 5.0)
+    )
+    image = np.array([-3, -2, -1, 0, 4, 5, 9, 10], np.int16)
+    nan = np.nan
+    found = pipeline._without_flagged(image, geometry)
+    np.testing.assert_array_equal(found, [nan, -2, -1, nan, 4, nan, 9, nan])
+    assert pipeline._without_flagged(image, clean.geometry) is image
+
+
 # ------------------------------------------------------------------ memo
 
 

@@ -21,6 +21,7 @@ from envs.crystfel.env import (
     scale_of,
     worth,
 )
+from envs.crystfel.indexer import Memo
 from envs.crystfel.surrogate import (
     Sample,
     SurrogateIndexer,
@@ -134,6 +135,17 @@ def test_the_next_episode_begins_at_the_best():
     assert info["parameters"].min_snr == pytest.approx(10.5)
     _, info = env.reset(options={"restart": True})
     assert info["parameters"].min_snr == 6
+
+
+def test_frames_and_start_are_the_indexers_where_none_are_named(tmp_path):
+    e = draw_experiments(np.random.default_rng(2), "normal", 1)
+    indexer = SurrogateIndexer(e, num_frames=30)
+    for backend in (indexer, Memo(indexer, tmp_path)):
+        env = CrystFELTuningEnv(backend, TuningConfig(num_frames=20))
+        assert env.bench.frames == indexer.frames[:20]
+        assert env.reset()[1]["parameters"] == indexer.nominal
+    with pytest.raises(ValueError, match="200 are asked for, and there are 0"):
+        CrystFELTuningEnv(Scripted(lambda p: 0), TuningConfig())
 
 
 def test_it_needs_a_reset_and_enough_frames():

@@ -317,6 +317,25 @@ def test_the_best_is_no_less_than_the_defaults_at_the_right_geometry():
     assert (best_fraction(e, 400) >= true_fraction(e, at_optimum(e), 400)).all()
 
 
+def test_the_command_begins_where_it_is_told_to(tmp_path, capsys):
+    """A start with a distance far off indexes nothing, and one out of bounds is refused."""
+    from envs.crystfel.sfx.simulate import simulate
+    from ssl2rl_ray.cli import main
+
+    simulate("clean", 8, 3, tmp_path / "data")
+    (tmp_path / "data" / "experiment.geom").rename(tmp_path / "data" / "mine.geom")
+    asked = ["sfx", "compare", "--data", str(tmp_path / "data"), "--frames", "4",
+             "--judge-frames", "4", "--budget-frames", "8", "--seeds", "1", "--race-frames", "0",
+             "--against", "keep-initial", "--geometry", str(tmp_path / "data" / "mine.geom"),
+             "--json"]  # fmt: skip
+    for start, is_blind in (("clen_offset_percent=6", True), ("min_peaks=5", False)):
+        assert main([*asked, "--set", start]) == 0
+        found = json.loads(capsys.readouterr().out)["contestants"]["keep-initial"]["fraction"]
+        assert (found[-1] == 0) == is_blind
+    assert main([*asked, "--set", "min_peaks=9999"]) == 2
+    assert "start: min_peaks is 9999, outside 0 to 100" in capsys.readouterr().err
+
+
 def test_the_command_compares_and_says_what_is_wrong(tmp_path, capsys):
     from ssl2rl_ray.cli import main
 
@@ -333,6 +352,7 @@ def test_the_command_compares_and_says_what_is_wrong(tmp_path, capsys):
         (["--policy", str(tmp_path)], "is not an exported policy"),
         (["--data", str(tmp_path), "--kind", "harder"], "--kind"),
         (["--seeds", "0"], "--seeds: must be 1 or more"),
+        (["--set", "min_snr=9"], "--set: is of a data folder"),
     ):
         assert main([*small, *wrong]) == 2
         assert says in capsys.readouterr().err

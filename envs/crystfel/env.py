@@ -23,7 +23,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.crystfel.indexer import Indexer
+from envs.crystfel.indexer import Indexer, innermost
 from envs.crystfel.surrogate import (
     BatchResult,
     Experiments,
@@ -73,6 +73,18 @@ class Scale:
         values = np.array(start, float)
         values[:, self.columns] = x
         return values
+
+    def check(self, values: FloatArray) -> None:
+        """Raises ValueError where one of (E, V) is out of bounds: it would be moved unasked."""
+        own = values[:, self.columns]
+        is_outside = ~((own >= self.low) & (own <= self.high))
+        if is_outside.any():
+            e, k = np.argwhere(is_outside)[0]
+            raise ValueError(
+                f"start: {list(TUNABLES)[self.columns[k]]} is {own[e, k]:g}, outside "
+                f"{self.low[k]:g} to {self.high[k]:g} where it is tuned: begin within, or leave it "
+                "out of the tunables"
+            )
 
     def stepped(self, unit: FloatArray, which: Any, sign: Any) -> FloatArray:
         """(E, K) where parameter ``which`` (E,) went ``sign`` (E,) discrete steps."""
@@ -188,8 +200,13 @@ class Progress:
     """
 
     def __init__(self, config: TuningConfig, start: FloatArray, outcome: Outcome) -> None:
-        """``start``: (E, V) the user's values; ``outcome``: what they give."""
+        """``start``: (E, V) the user's values; ``outcome``: what they give.
+
+        Raises:
+            ValueError: a start that is out of the bounds of what is tuned.
+        """
         self.config, self.scale = config, scale_of(config.tunables)
+        self.scale.check(start)
         self.start = np.array(start, float)
         unit = self.scale.unit(self.start)
         self.best_unit, self.last_unit = unit.copy(), unit.copy()
@@ -397,7 +414,7 @@ class CrystFELTuningEnv(gym.Env[np.ndarray, Any]):
         self,
         indexer: Indexer,
         config: TuningConfig,
-        frames: Sequence[Frame],
+        frames: Sequence[Frame] | None = None,
         nominal: Parameters | None = None,
     ) -> None:
         """The experiment and the rules.
@@ -405,19 +422,23 @@ class CrystFELTuningEnv(gym.Env[np.ndarray, Any]):
         Args:
             indexer: any backend.
             config: the rules.
-            frames: the cached sample; its first ``config.num_frames`` are used.
-            nominal: the user's parameters.
+            frames: the cached sample, of which the first ``config.num_frames`` are used; None =
+                those of the indexer's experiment.
+            nominal: the user's parameters; None = those of the indexer's experiment.
 
         Raises:
-            ValueError: fewer frames than the config asks for.
+            ValueError: fewer frames than the config asks for, or an indexer that knows of none.
         """
-        if len(frames) < config.num_frames:
+        own = innermost(indexer)
+        sample = getattr(own, "frames", ()) if frames is None else frames
+        start = getattr(own, "nominal", Parameters()) if nominal is None else nominal
+        if len(sample) < config.num_frames:
             raise ValueError(
-                f"num_frames: {config.num_frames} are asked for, and there are {len(frames)}; "
+                f"num_frames: {config.num_frames} are asked for, and there are {len(sample)}; "
                 "lower it or name more frames"
             )
         self.config, self.scale = config, scale_of(config.tunables)
-        self.bench = IndexerBench(indexer, frames[: config.num_frames], nominal or Parameters())
+        self.bench = IndexerBench(indexer, sample[: config.num_frames], start)
         self.action_space = action_space(config)
         self.observation_space = observation_space(config)
         self._progress: Progress | None = None

@@ -102,6 +102,16 @@ class Indexamajig:
         if self.num_processes < 1:
             raise IndexerError(f"num_processes is {self.num_processes}, and must be at least 1")
 
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """The experiment's."""
+        return self.experiment.frames
+
+    @property
+    def nominal(self) -> Parameters:
+        """The user's."""
+        return self.experiment.nominal
+
     @cached_property
     def version(self) -> str:
         """CrystFEL's version, the settings, and digests of the geometry and the cell.

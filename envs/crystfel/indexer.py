@@ -45,6 +45,13 @@ class IndexerError(RuntimeError):
     """An indexer could not do what it was asked; the message says what to do next."""
 
 
+def innermost(indexer: Any) -> Any:
+    """The backend below what remembers or spreads: it knows ``frames`` and ``nominal``."""
+    while hasattr(indexer, "indexer"):
+        indexer = indexer.indexer
+    return indexer
+
+
 class Memo:
     """An indexer that remembers: parameters, frames and version -> result, on disk.
 

@@ -124,6 +124,7 @@ def tune(
             f"num_first_frames: must be between 1 and {num_frames - 1}, found {num_first_frames}"
         )
     start, scale = bench.start, scale_of(config.tunables)
+    scale.check(start)
     first = num_first_frames or num_frames
     everyone = np.arange(len(start))
     result = bench.run(everyone, start, first)

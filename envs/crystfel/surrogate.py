@@ -570,10 +570,12 @@ class SurrogateIndexer:
         return self._version
 
     @property
-    def start(self) -> Parameters:
+    def nominal(self) -> Parameters:
         """The user's."""
         named = dict(zip(TUNABLES, self.experiments.start[0].tolist(), strict=True))
         return Parameters(**named)
+
+    start = nominal
 
     def run(self, parameters: Parameters, frames: Sequence[Frame]) -> IndexingResult:
         """As the protocol says; CPU seconds are those that CrystFEL would take."""

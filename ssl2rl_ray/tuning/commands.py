@@ -47,10 +47,7 @@ def add_commands(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> Non
     )
 
     sub = add("compare", compare, "let tuners reach what they can with equally many frames")
-    sub.add_argument("--data", metavar="DIR", help="data folder; without it, simulated experiments")
-    sub.add_argument(
-        "--backend", choices=("embedded", "crystfel"), default="embedded", help="(%(default)s)"
-    )
+    add_data(sub, without="simulated experiments")
     sub.add_argument(
         "--kind", choices=("normal", "harder"), help="of simulated experiments (normal)"
     )
@@ -69,15 +66,15 @@ def add_commands(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> Non
     )
     sub.add_argument("--tunables", metavar="NAME,NAME", help="what is tuned (all)")
     sub.add_argument("--memo", metavar="DIR", help="remembers what was indexed")
-    sub.add_argument("--processes", type=int, default=1, help="Ray tasks at once (%(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     sub.add_argument("--figure", metavar="PNG", help="draw the curves")
     sub.add_argument("--tensorboard", metavar="DIR", help="write the curves for TensorBoard")
 
 
-def add_data(sub: argparse.ArgumentParser) -> None:
-    """Options of a data folder and of what indexes it."""
-    sub.add_argument("--data", required=True, metavar="DIR", help="data folder")
+def add_data(sub: argparse.ArgumentParser, without: str = "") -> None:
+    """Options of a data folder and of what indexes it; ``without``: what happens without one."""
+    text = f"data folder; without it, {without}" if without else "data folder"
+    sub.add_argument("--data", required=not without, metavar="DIR", help=text)
     sub.add_argument(
         "--backend", choices=("embedded", "crystfel"), default="embedded", help="(%(default)s)"
     )
@@ -133,7 +130,7 @@ def index(args: argparse.Namespace, progress: Progress) -> Result:
     """``sfx index``: one setting on the frames of a data folder, see ``Indexer.run``."""
     import contextlib
 
-    from envs.crystfel.indexer import IndexerError
+    from envs.crystfel.indexer import IndexerError, innermost
 
     if args.frames is not None and args.frames < 1:
         raise ValueError(f"--frames: must be 1 or more, found {args.frames}")
@@ -147,9 +144,8 @@ def index(args: argparse.Namespace, progress: Progress) -> Result:
             result = indexer.run(parameters, experiment.frames[: args.frames])
             progress("indexing", 1.0)
             if args.stream:
-                while hasattr(indexer, "indexer"):  # below what remembers and spreads
-                    indexer = indexer.indexer
-                indexer.write_stream(args.stream, parameters, experiment.frames[: args.frames])
+                frames = experiment.frames[: args.frames]
+                innermost(indexer).write_stream(args.stream, parameters, frames)
     except IndexerError as error:
         raise ValueError(str(error)) from error
     document = {
@@ -208,6 +204,9 @@ def compare(args: argparse.Namespace, progress: Progress) -> Result:
     best = None
     with contextlib.ExitStack() as stack:
         if args.data is None:
+            for option in ("set", "geometry", "cell", "list"):
+                if getattr(args, option):
+                    raise ValueError(f"--{option}: is of a data folder; name one by --data")
             kind = args.kind or "normal"
             arenas = comparing.simulated(kind, args.seeds, args.frames, args.seed)
             best = comparing.best_of_simulated(arenas)
@@ -218,7 +217,7 @@ def compare(args: argparse.Namespace, progress: Progress) -> Result:
             arenas = comparing.real(
                 indexer,
                 experiment.frames,
-                experiment.nominal,
+                experiment.nominal.replace(**assignments(args.set)),
                 num_seeds=args.seeds,
                 num_frames=args.frames,
                 num_judged=args.judge_frames,
@@ -283,9 +282,9 @@ def _indexer(args: argparse.Namespace, stack: Any) -> tuple[Any, Any]:
 
     experiment = read_experiment(
         args.data,
-        geometry=getattr(args, "geometry", None),
-        cell=getattr(args, "cell", None),
-        frames=getattr(args, "list", None),
+        geometry=args.geometry,
+        cell=args.cell,
+        frames=args.list,
     )
     if args.processes < 1:
         raise ValueError(f"--processes: must be 1 or more, found {args.processes}")

@@ -138,7 +138,7 @@ class Comparison:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values: means with intervals, paired differences to the first policy or rival."""
+        """Plain values: means with intervals, paired differences to the last contestant."""
         names = list(self.reached)
         ours = names[-1]
         to_95 = self.frames_to(0.95)
@@ -207,7 +207,8 @@ def compare(
         )
     budgets = np.unique(np.geomspace(num_frames, budget_frames, num_budgets).astype(int))
     # a candidate that loses at once costs least
-    most = 1 + (budget_frames - num_frames) // (num_first_frames or num_frames)
+    first = num_first_frames or num_frames
+    most = 1 + (budget_frames - first) // first
     reached: dict[str, list[FloatArray]] = {name: [] for name in makes}
     thought = dict.fromkeys(makes, 0.0)
     evaluated: dict[str, list[float]] = {name: [] for name in makes}

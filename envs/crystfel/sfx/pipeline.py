@@ -76,6 +76,16 @@ class EmbeddedIndexer:
         experiment = dataclasses.replace(self.experiment, geometry=geometry)
         return _rebuilt, (experiment, self.cache)
 
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """The experiment's."""
+        return self.experiment.frames
+
+    @property
+    def nominal(self) -> Parameters:
+        """The user's."""
+        return self.experiment.nominal
+
     @cached_property
     def version(self) -> str:
         """Of the pipeline, the geometry file and the cell file."""
