@@ -30,8 +30,8 @@ def to_tensors(state: Any) -> Any:
 
 
 def to_arrays(state: Any) -> Any:
-    """The opposite of ``to_tensors``."""
-    return _map_arrays(state, torch.Tensor, lambda value: value.numpy())
+    """The opposite of ``to_tensors``; copies, because an optimiser writes into what it is given."""
+    return _map_arrays(state, torch.Tensor, lambda value: value.numpy().copy())
 
 
 def check_same_network(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:

@@ -56,19 +56,22 @@ MakeNetwork = Callable[[], nn.Module]
 Potential = Callable[[Any], np.ndarray]
 """(E,) of an observation of E episodes: what shapes the reward (runner.py)."""
 
+_NO_EPISODES = "no episode objects are made: read `episode_returns`"
 IGNORED = {
     "num_learners": "one learner is enough for networks of this size: leave it at 0",
     "num_epochs": "A2C passes over a fragment once: use ppo for more",
-    "minibatch_size": "A2C learns from the whole fragment: set rollout_length and num_envs",
-    "shuffle_batch_per_epoch": "a fragment stays in the order of time",
-    "env_to_module_connector": "observations go to the module as they are: change the env",
-    "module_to_env_connector": "actions go to the env as the module draws them",
-    "learner_connector": "batches are made of columns: change the learner's loss",
-    "callbacks_on_episode_end": "no episode objects are made: read `mean_return`",
-    "policies_to_train": "there is one policy",
-    "batch_mode": "fragments have `rollout_length` steps; the value stands for what follows",
-    "evaluation_interval": "policies are validated by `ssl2rl run`, or played by train.play",
-    "replay_buffer_config": "there is no replay: use dqn or rainbow",
+    "minibatch_size": "A2C learns from the whole fragment: use ppo for parts of it",
+    "shuffle_batch_per_epoch": "a fragment stays in the order of time: use ppo",
+    "batch_mode": "fragments have `rollout_length` steps, and the value stands for what follows",
+    "use_gae": "advantages are always generalised: set trace_decay of the recipe to 1 for sums",
+    "_env_to_module_connector": "observations go to the module as they are: change the env",
+    "_module_to_env_connector": "actions go to the env as they were drawn: change the env",
+    "_learner_connector": "batches are made of columns: change the learner's loss",
+    "callbacks_on_episode_start": _NO_EPISODES,
+    "callbacks_on_episode_step": _NO_EPISODES,
+    "callbacks_on_episode_end": _NO_EPISODES,
+    "policies_to_train": "there is one policy, and it is trained",
+    "evaluation_interval": "policies are validated by `ssl2rl run`, and played by train.play",
 }
 """Settings of RLlib's configs that this stack would ignore, and what to do instead."""
 
@@ -93,8 +96,8 @@ class A2CAlgorithmConfig(AlgorithmConfig):
 
     def validate(self) -> None:
         """RLlib's checks, and ValueError for a setting that would be ignored."""
-        super().validate()
         refuse_ignored(self, A2CAlgorithmConfig())
+        super().validate()
 
 
 def refuse_ignored(
@@ -105,7 +108,7 @@ def refuse_ignored(
         return
     for name, instead in IGNORED.items():
         if name not in but and getattr(config, name, None) != getattr(default, name, None):
-            raise ValueError(f"{name}: would be ignored; {instead}")
+            raise ValueError(f"{name.removeprefix('_')}: would be ignored; {instead}")
 
 
 class A2CTorchLearner(TorchLearner):
@@ -244,8 +247,11 @@ class A2C(Algorithm):
     def sync_runners(self) -> None:
         """Sends weights and the step count to every runner."""
         state = self.learner_group.get_state(components="learner/rl_module")["learner"]
-        state = {key: state[key] for key in ("rl_module", "weights_seq_no")}
-        state[NUM_ENV_STEPS_SAMPLED_LIFETIME] = self.num_env_steps
+        # without RLlib's number of the weights: a runner would ignore those of a number it had
+        state = {
+            "rl_module": state["rl_module"],
+            NUM_ENV_STEPS_SAMPLED_LIFETIME: self.num_env_steps,
+        }
         if self.env_runner_group.num_remote_workers() == 0:
             self.env_runner.set_state(state)
             return
@@ -274,7 +280,6 @@ class A2C(Algorithm):
         state = {
             "num_env_steps": self.num_env_steps,
             "num_updates": self.num_updates,
-            "weights_seq_no": learner["weights_seq_no"],
             "module": learner["rl_module"][DEFAULT_MODULE_ID],
             "optimizer": learner["optimizer"],
             "numpy_rng": [np.asarray(keys, np.int64), int(position)],
@@ -292,7 +297,6 @@ class A2C(Algorithm):
                 "learner": {
                     "rl_module": {DEFAULT_MODULE_ID: state["module"]},
                     "optimizer": state["optimizer"],
-                    "weights_seq_no": state["weights_seq_no"],
                 }
             }
         )

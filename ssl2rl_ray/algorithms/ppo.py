@@ -59,8 +59,8 @@ class PPOAlgorithmConfig(rllib_ppo.PPOConfig):
 
     def validate(self) -> None:
         """RLlib's checks, and ValueError for a setting that would be ignored."""
-        super().validate()
         refuse_ignored(self, PPOAlgorithmConfig(), but=_READ_HERE)
+        super().validate()
 
 
 class PPO(A2C):
@@ -126,8 +126,8 @@ class PPO(A2C):
         super().restore_checkpoint(state)
 
         def catch_up(learner: Any) -> None:  # RLlib's schedules do so after an update only
-            for falling in learner.entropy_coeff_schedulers_per_module.values():
-                falling.update(timestep=self.num_env_steps)
+            falling = learner.entropy_coeff_schedulers_per_module[DEFAULT_MODULE_ID]
+            falling.update(timestep=self.num_env_steps)
 
         self.learner_group.foreach_learner(catch_up)
 
