@@ -156,10 +156,15 @@ def test_the_sign_test_by_hand():
 
 
 def test_what_all_tests_may_err_in_adds_up_to_what_was_asked_for():
-    config = OnlineConfig(max_error=0.05, num_looks=4)
-    assert config.level(0) == pytest.approx(0.05 / 2 / 4)
-    assert config.level(1) == pytest.approx(0.05 / 6 / 4)
-    total = 4 * sum(config.level(k) for k in range(10_000))
+    config = OnlineConfig(max_error=0.05, num_looks=1)
+    assert config.level(0, 1) == pytest.approx(0.05 / 2)
+    assert config.level(1, 1) == pytest.approx(0.05 / 6)
+    four = OnlineConfig(max_error=0.05, num_looks=4)
+    levels = [four.level(0, look) for look in (1, 2, 3, 4)]
+    assert sum(levels) == pytest.approx(0.05 / 2) and sorted(levels) == levels
+    # Lan and DeMets: 2 - 2 Phi(z / sqrt(1/2)) at half of the frames; z = 2.2414 has 0.0125 above it
+    assert levels[0] + levels[1] == pytest.approx(0.001525, rel=2e-3)
+    total = sum(config.level(k, 1) for k in range(10_000))
     assert 0.0499 < total < 0.05
 
 
@@ -455,7 +460,7 @@ def test_whatever_happens_parameters_change_only_by_a_believed_test_on_unseen_fr
             if question.purpose == "control":
                 assert mcnemar_z(ours, theirs)[0] > config.revert_z
             else:
-                assert sign_p(ours, theirs) <= config.level(before.num_refused_now)
+                assert sign_p(ours, theirs) <= config.level(before.num_refused_now, 1)
             assert state.version == before.version + 1
             if question.purpose == "test":
                 assert before.search is not None

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from scipy.special import betainc
+from scipy.special import betainc, ndtr, ndtri
 
 from envs.crystfel.env import Outcome, scale_of
 from envs.crystfel.rivals import Make, Optimiser, Trial
@@ -62,14 +62,16 @@ class OnlineConfig:
     """Of these, on which a candidate is looked at first; 0 = always on all."""
     num_test_frames: int = 100
     """Fresh ones, of one look of the test that changes parameters."""
-    num_looks: int = 4
+    num_looks: int = 6
     """After each the test may end: what is clear needs few frames, what is not gets more."""
     num_steps: int = 10
     """Proposals of a search."""
-    max_error: float = 0.05
+    max_error: float = 0.1
     """Of the changes that are deployed, the share that may be no better (see ``level``)."""
     min_z: float = 1.645
     """McNemar's z on the cache above which a best is tested before the search is over."""
+    promising_z: float = 1.0
+    """On the cache, below which the best of a search is not worth a test."""
     hopeless_z: float = 0.0
     """Below it a test ends without a further look."""
     min_discordant: int = 4
@@ -112,17 +114,21 @@ class OnlineConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: must be above 0, found {getattr(self, name)}")
 
-    def level(self, num_refused: int) -> float:
-        """The p at which a look of the next test deploys, after so many tests that did not.
+    def level(self, num_refused: int, look: int) -> float:
+        """The p at which a look (1, 2, ...) of the next test deploys.
 
-        The k-th test since the last deployment may err in ``max_error`` / (k (k + 1)), which add up
-        to ``max_error``; its looks share that alike (Bonferroni). So the changes that are deployed
-        and no better are, on the mean, at most ``max_error`` x (1 + deployments + times that
-        conditions changed), however often is tested (the marginal false discovery rate of Foster
-        and Stine, J. R. Stat. Soc. B 70 (2008) 429).
+        The k-th test since the last deployment (``num_refused`` + 1) may err in ``max_error`` /
+        (k (k + 1)), which add up to ``max_error``. So the changes that are deployed and no better
+        are, on the mean, at most ``max_error`` x (1 + deployments + times that conditions changed),
+        however often is tested (the marginal false discovery rate of Foster and Stine, J. R. Stat.
+        Soc. B 70 (2008) 429). Its looks share that as Lan and DeMets (Biometrika 70 (1983) 659)
+        spend it, little on the first, most on the last; that they are of the same data is not made
+        use of, so that the exact test of ``sign_p`` stays within it.
         """
         k = num_refused + 1
-        return self.max_error / (k * (k + 1)) / self.num_looks
+        z = -ndtri(self.max_error / (k * (k + 1)) / 2)
+        before, now = (math.sqrt((look - i) / self.num_looks) for i in (1, 0))
+        return float(2 * ndtr(-z / now) - (2 * ndtr(-z / before) if before else 0.0))
 
     @property
     def tuning(self) -> TuningConfig:
@@ -443,7 +449,7 @@ def _next(config: OnlineConfig, state: State, notes: list[Happened]) -> State:
             return replace(state, question=test)
         if not is_over:
             return replace(state, question=Propose())
-        if _is_better(search) and not search.is_refused and not search.is_stale:
+        if _is_promising(config, search) and not search.is_refused and not search.is_stale:
             return replace(state, question=Wait())  # for fresh frames to test the best on
         notes.append(
             {
@@ -511,13 +517,14 @@ def _on_candidate(config: OnlineConfig, search: Search) -> Index:
     )
 
 
-def _is_better(search: Search) -> bool:
-    return int(search.best_flags.sum()) > int(search.incumbent_flags.sum())
+def _is_promising(config: OnlineConfig, search: Search) -> bool:
+    z, num_discordant = mcnemar_z(search.best_flags, search.incumbent_flags)
+    return num_discordant > 0 and z >= config.promising_z
 
 
 def _test(config: OnlineConfig, state: State, search: Search, is_over: bool) -> Index | None:
     """The test that is due, if any: of a best that is worth it, on frames that nobody has seen."""
-    if search.is_refused or not _is_better(search):
+    if search.is_refused or not _is_promising(config, search):
         return None
     is_worth_it = is_significant(
         search.best_flags, search.incumbent_flags, config.min_z, config.min_discordant
@@ -596,7 +603,7 @@ def _tested(
     ours = np.concatenate([batch.result.is_indexed for batch in tested])
     theirs = np.concatenate([search.tested_flags, question.baseline])
     z, num_discordant = mcnemar_z(ours, theirs)
-    p, level = sign_p(ours, theirs), config.level(state.num_refused_now)
+    p, level = sign_p(ours, theirs), config.level(state.num_refused_now, len(tested))
     is_deployed = p <= level
     is_last = len(tested) >= config.num_looks or z < config.hopeless_z
     what = "deployed" if is_deployed else "refused" if is_last else "looked at"
