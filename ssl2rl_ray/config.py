@@ -20,7 +20,9 @@ from envs.crystfel.types import TuningConfig
 from ssl2rl_ray import schema
 from ssl2rl_ray.recipes import (
     A2CConfig,
+    ACKTRConfig,
     AnyRainbow,
+    AsyncA2CConfig,
     DQNConfig,
     NavigationAlgorithm,
     PolicyAlgorithm,
@@ -709,7 +711,9 @@ def _navigation_problems(config: NavigationRunConfig) -> Iterator[str]:
             yield from _ignored(algorithm, ("prior_scale",), "without the planner's surplus")
         if training.is_buffer_saved:
             yield f"training.is_buffer_saved: {algorithm.name} has no replay; leave it out"
-        yield from _policy_problems(algorithm, num_streams * training.rollout_length)
+        yield from _policy_problems(
+            algorithm, num_streams * training.rollout_length, training.num_env_runners
+        )
         return
     if algorithm.margin > 0 and not has_planner:
         yield "algorithm.margin: needs the planner: feature_set rates, and is_residual not false"
@@ -782,7 +786,7 @@ def _ignored(algorithm: Any, names: Sequence[str], why: str) -> Iterator[str]:
 
 
 def _policy_problems(
-    algorithm: PolicyAlgorithm | TuningPolicyAlgorithm, num_rows: int
+    algorithm: PolicyAlgorithm | TuningPolicyAlgorithm, num_rows: int, num_env_runners: int
 ) -> Iterator[str]:
     """Of learning a policy from fragments of ``num_rows`` env steps, whatever the task."""
     if algorithm.final_learning_rate > algorithm.learning_rate:
@@ -791,15 +795,29 @@ def _policy_problems(
         yield "algorithm.final_entropy_weight: is above entropy_weight, from which it falls"
     if isinstance(algorithm, PPOConfig) and algorithm.num_minibatches > num_rows:
         yield f"algorithm.num_minibatches: an update has only {num_rows} env steps"
-    if isinstance(algorithm, A2CConfig) and algorithm.n_step is not None:
+    if isinstance(algorithm, A2CConfig | ACKTRConfig) and algorithm.n_step is not None:
         yield from _ignored(algorithm, ("trace_decay",), "by n-step returns; leave n_step out")
+    if isinstance(algorithm, AsyncA2CConfig):
+        if num_env_runners == 0:
+            yield (
+                "training.num_env_runners: async_a2c needs at least 1 beside its learner; or use "
+                "algorithm.name a2c"
+            )
+        if algorithm.max_c > algorithm.max_rho:
+            yield "algorithm.max_c: is above algorithm.max_rho"
+    if isinstance(algorithm, ACKTRConfig):
+        for name in ("momentum", "moment_decay"):
+            if getattr(algorithm, name) == 1:
+                yield f"algorithm.{name}: is 1, so that nothing new would count; try 0.9"
 
 
 def _crystfel_problems(config: CrystFELRunConfig) -> Iterator[str]:
     algorithm, training, env = config.algorithm, config.training, config.env
     num_streams = max(1, training.num_env_runners) * training.num_envs
     if not isinstance(algorithm, TuningValueAlgorithm):
-        yield from _policy_problems(algorithm, num_streams * env.num_steps)
+        yield from _policy_problems(
+            algorithm, num_streams * env.num_steps, training.num_env_runners
+        )
         return
     if env.action != "discrete":
         yield (

@@ -375,11 +375,27 @@ TuningValueAlgorithm = TuningDQNConfig | TuningRainbowConfig
 """Those that learn action values of changes of parameters from replay."""
 ValueAlgorithm = DQNConfig | RainbowConfig
 """Those that learn action values from replay, on navigation."""
-PolicyAlgorithm = NavigationA2CConfig | NavigationPPOConfig
+PolicyAlgorithm = (
+    NavigationA2CConfig | NavigationAsyncA2CConfig | NavigationACKTRConfig | NavigationPPOConfig
+)
 """Those that learn a policy and its value on navigation."""
-NavigationAlgorithm = DQNConfig | RainbowConfig | NavigationA2CConfig | NavigationPPOConfig
+NavigationAlgorithm = (
+    DQNConfig
+    | RainbowConfig
+    | NavigationA2CConfig
+    | NavigationAsyncA2CConfig
+    | NavigationACKTRConfig
+    | NavigationPPOConfig
+)
 """What ``algorithm`` may be in runs of kind navigation and ssl2rl, the default first."""
-TuningPolicyAlgorithm = TuningPPOConfig | TuningA2CConfig
+TuningPolicyAlgorithm = TuningPPOConfig | TuningA2CConfig | TuningAsyncA2CConfig | TuningACKTRConfig
 """Those that learn a policy of changes of parameters, and its value."""
-TuningAlgorithm = TuningPPOConfig | TuningA2CConfig | TuningDQNConfig | TuningRainbowConfig
+TuningAlgorithm = (
+    TuningPPOConfig
+    | TuningA2CConfig
+    | TuningAsyncA2CConfig
+    | TuningACKTRConfig
+    | TuningDQNConfig
+    | TuningRainbowConfig
+)
 """What ``algorithm`` may be in runs of kind crystfel, the default first."""

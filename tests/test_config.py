@@ -141,7 +141,24 @@ def test_navigation_config_is_the_preset_with_changes() -> None:
         ("kind: [1]", ["kind: expected navigation, perception, ssl2rl, crystfel, found a list"]),
         (
             "algorithm: {name: sarsa}",
-            ["algorithm.name: expected one of dqn, rainbow, a2c, ppo, found text 'sarsa'"],
+            [
+                "algorithm.name: expected one of dqn, rainbow, a2c, async_a2c, acktr, ppo, found "
+                "text 'sarsa'"
+            ],
+        ),
+        (
+            "algorithm: {name: async_a2c, max_c: 2.0}",
+            [
+                "training.num_env_runners: async_a2c needs at least 1 beside its learner",
+                "algorithm.max_c: is above algorithm.max_rho",
+            ],
+        ),
+        (
+            "algorithm: {name: acktr, n_step: 3, trace_decay: 0.5, moment_decay: 1.0}",
+            [
+                "algorithm.trace_decay: is ignored by n-step returns",
+                "algorithm.moment_decay: is 1, so that nothing new would count",
+            ],
         ),
         (
             "seed: x\nenv: {budget: 1}\nzzzzzz: 1",
