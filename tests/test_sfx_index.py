@@ -240,6 +240,23 @@ def test_no_crystal_in_a_crowd_around_the_beam():
             assert index_peaks(to_q(rng.normal(0, sigma_px, (number, 2))), cell) is None
 
 
+def test_a_long_thin_cell_is_turned_in_parts():
+    """Axes of 4 and 900 Å: thousands of turns about the short one, and the crystal is found."""
+    cell = KnownCell(UnitCell(a_A=4.0, b_A=700.0, c_A=900.0))
+    assert len(cell.turned) > 5 * 512
+    rng = np.random.default_rng(0)
+    hkl = np.column_stack([rng.integers(-1, 2, 60), rng.integers(-30, 31, (60, 2))])
+    hkl = hkl[(hkl[:, 0] != 0) | (np.arange(60) < 20)]
+    q = (
+        hkl
+        @ cell.cell.reciprocal_per_A()
+        @ _from_to(np.array([0.0, 0.0, 1.0]), np.array([[0.3, -0.5, 0.8]]))[0].T
+    )
+    crystal = index_peaks(q, cell)
+    assert crystal is not None
+    np.testing.assert_allclose(crystal.cell, cell.parameters, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "is_believed"),
     [

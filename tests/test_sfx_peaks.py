@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envs.crystfel.sfx import peaks
 from envs.crystfel.sfx.peaks import MAX_PEAKS, Peaks, _brighter, _rings, find_peaks, pixel_map
 from envs.crystfel.types import Parameters
 
@@ -188,6 +189,32 @@ def test_bad_pixels_are_not_seen():
 def test_a_constant_image_has_no_peaks(value):
     image = np.full((SIDE, SIDE), value, dtype=np.int16)
     assert len(find_peaks(image, pixel_map(radius(), one_panel()), Parameters(min_snr=3))) == 0
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, np.inf, np.nan])
+def test_values_beyond_any_detector_are_no_trouble(value):
+    """All pixels; and a few, beside which the spot is found as it is without them."""
+    pixels, parameters = pixel_map(radius(), one_panel()), Parameters(min_snr=6)
+    assert not len(find_peaks(np.full((SIDE, SIDE), value), pixels, parameters))
+    image = with_spot(noise(), 20, 40).astype(np.float32)
+    plain = find_peaks(image, pixels, parameters)
+    image[10, 10] = image[50, 45] = value
+    spoiled = find_peaks(image, pixels, parameters)
+    assert len(plain) == len(spoiled) == 1
+    np.testing.assert_allclose(spoiled.as_array()[:, :2], plain.as_array()[:, :2], atol=0.02)
+
+
+def test_many_peaks_with_a_wide_background_are_worked_on_in_parts(monkeypatch):
+    image = noise()
+    for row in range(6, SIDE - 4, 8):
+        for column in range(6, SIDE - 4, 8):
+            with_spot(image, row, column, 200)
+    pixels, parameters = pixel_map(radius(), one_panel()), Parameters(local_bg_radius_px=2)
+    whole = find_peaks(image, pixels, parameters)
+    monkeypatch.setattr(peaks, "_MAX_AT_ONCE", 200)
+    parts = find_peaks(image, pixels, parameters)
+    assert len(whole) > 8
+    np.testing.assert_array_equal(whole.as_array(), parts.as_array())
 
 
 def test_not_more_than_the_limit_and_the_brightest():

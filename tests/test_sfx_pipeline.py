@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -318,6 +319,16 @@ def test_a_damaged_memo_is_worked_out_again(tmp_path, damage):
     assert same(memo.run(Parameters(), frames), first)
     assert same(memo.run(Parameters(), frames), first)
     assert counting.calls == 2
+
+
+def test_what_is_remembered_is_as_readable_as_any_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        Memo(Counting(), tmp_path).run(Parameters(), [Frame(path="/a.h5")])
+    finally:
+        os.umask(before)
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_errors_are_not_remembered(tmp_path):

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,14 +102,13 @@ def stamp(path: str) -> tuple[int, int]:
 def write_whole(path: Path, arrays: Mapping[str, Any]) -> None:
     """Writes an ``.npz`` that is there whole or not at all, whoever else writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    scratch = path.parent / f".new-{uuid.uuid4().hex}"  # as readable as the user's other files
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(scratch, "xb") as file:
             np.savez(file, **arrays)
         os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def read_whole(path: Path) -> dict[str, np.ndarray] | None:

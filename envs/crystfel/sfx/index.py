@@ -75,7 +75,7 @@ _MAX_DIRECTIONS = 40_000
 _PHASE_STEP = 3.0
 """Between neighbouring directions at the highest order, rad."""
 _BLOCK = 512
-"""Directions at a time: what is small stays in the cache."""
+"""Directions, or turns, at a time: what is small stays in the cache."""
 _FEWEST = 4
 """Peaks; fewer prove nothing."""
 _TURN = 2 * math.pi
@@ -398,7 +398,13 @@ def _turn(q1: FloatArray, axes: FloatArray, cell: KnownCell) -> FloatArray:
     row = weight[:, None].astype(np.float32)
     turned = cell.turned  # (A, 2, 3)
     columns = turned.transpose(1, 2, 0).astype(np.float32)
-    score = sum(_coherence(own @ columns[k], row)[:, 0] for k in range(2))  # (T, A)
+    score = np.concatenate(  # (T, A)
+        [
+            sum(_coherence(own @ columns[k, :, some], row)[:, 0] for k in range(2))
+            for some in (slice(a, a + _BLOCK) for a in range(0, len(turned), _BLOCK))
+        ],
+        axis=1,
+    )
     is_peak = (score >= np.roll(score, 1, axis=1)) & (score > np.roll(score, -1, axis=1))
     score = np.where(is_peak, score, -np.inf).ravel()
     best = np.argsort(-score, kind="stable")[:_NUM_LATTICES]

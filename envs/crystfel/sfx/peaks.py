@@ -34,6 +34,8 @@ _ENOUGH = 256
 _RUN = 16
 _BLOCK = 2**16
 """Pixels that are worked on together, about."""
+_MAX_AT_ONCE = 2**22
+"""Background pixels, of all peaks together: some 200 MB."""
 _WORTH_A_LOOK = 0.7
 """Pixels beyond this share of the rough threshold are the ones that clipping may leave out."""
 
@@ -169,7 +171,8 @@ def find_peaks(image: NDArray[Any], pixels: PixelMap, parameters: Parameters) ->
     if image.shape != pixels.shape:
         raise ValueError(f"the image is {image.shape}, and the geometry is of {pixels.shape}")
     flat = np.ascontiguousarray(image).ravel()
-    mean, high = _rings(flat, pixels, parameters)
+    with np.errstate(over="ignore", invalid="ignore"):  # 1e30 ADU: infinite, and no peak
+        mean, high = _rings(flat, pixels, parameters)
     peak, spot = _components(_brighter(flat, high, pixels), pixels, parameters)
     if not len(spot):
         return Peaks.from_array(np.zeros((0, 4), dtype=np.float32))
@@ -320,6 +323,14 @@ def _surroundings(
     Background are the pixels within twice ``radius_px`` that are not above their ring's threshold.
     """
     rows, columns = _disc(2 * radius_px)
+    if len(fs) > 1 and len(fs) * len(rows) > _MAX_AT_ONCE:
+        half = len(fs) // 2
+        parts = [
+            _surroundings(flat, high, fs[some], ss[some], panel[some], pixels, radius_px)
+            for some in (slice(0, half), slice(half, None))
+        ]
+        mean, spread, brightest = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return mean, spread, brightest
     row = np.rint(ss).astype(np.int64)[:, None] + rows
     column = np.rint(fs).astype(np.int64)[:, None] + columns
     height, width = pixels.shape
