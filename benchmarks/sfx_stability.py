@@ -7,7 +7,7 @@ for its test. A deployment is harmful where its true fraction, on 12,000 frames 
 seen, is below that of what it replaced by more than the paired 95 % interval. Beside them stands
 what the test kept out: harmful ones among all candidates that were best on a cache. ``bad start``:
 the same from bad starts. Several policies (training seeds) give a band, as the seed of this work
-showed it (root mean square about their mean); ``--figure`` draws it.
+showed it (root mean square about their mean); ``--figure`` draws it, ``--tensorboard`` logs it.
 """
 
 from __future__ import annotations
@@ -134,6 +134,21 @@ def draw(found: dict[str, dict[str, Any]], policies: list[str], path: Path) -> N
     figure.savefig(path, dpi=130)
 
 
+def log(found: dict[str, dict[str, Any]], policies: list[str], folder: Path) -> None:
+    from ssl2rl_ray.tensorboard import TensorBoard
+
+    with TensorBoard(folder) as board:
+        for condition, result in found.items():
+            kept = result["contestants"]["keep-initial"]["curve"]
+            names = [f"{condition}/{name}" for name in ("mean", "lower", "upper", "keep-initial")]
+            for at, (mean, rms, initial) in enumerate(
+                zip(*band(result, policies), kept, strict=True)
+            ):
+                values = (mean, mean - rms, mean + rms, initial)
+                board.log(dict(zip(names, values, strict=True)), NUM_FRAMES * at)
+        board.bands({f"from {c}": (f"{c}/mean", f"{c}/lower", f"{c}/upper") for c in found})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20)
@@ -141,6 +156,7 @@ def main() -> None:
     parser.add_argument("--policy", action="append", default=[], metavar="RUN")
     parser.add_argument("--only", metavar="NAME,NAME", help="rivals")
     parser.add_argument("--figure", type=Path, metavar="PNG")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     names = ("keep-initial", *(args.only.split(",") if args.only else CONTESTANTS))
@@ -163,6 +179,8 @@ def main() -> None:
             print(f"from {condition}: policies end at {mean[-1]:.4f} ± {rms[-1]:.4f} (rms)")
     if args.figure:
         draw(found, policies, args.figure)
+    if args.tensorboard and policies:
+        log(found, policies, args.tensorboard)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
 
