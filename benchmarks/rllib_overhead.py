@@ -1,8 +1,10 @@
 """RLlib DQN against a bare PyTorch loop: the same env, network, replay and loss.
 
 CPU time per env step + update (one update for each env step), one thread, feature set ``paper``.
-The ratio is bare / RLlib: 1 = RLlib costs nothing. Also: env steps per second of RLlib's own env
-runner against ours, with the same env and network. Usage: python benchmarks/rllib_overhead.py
+The ratio is bare / RLlib: 1 = RLlib costs nothing. Also: a Rainbow update (all six parts that a
+network per hole has) by RLlib's learner against the same update by hand, replay included; and env
+steps per second of RLlib's own env runner against ours, with the same env and network.
+Usage: python benchmarks/rllib_overhead.py
 """
 
 from __future__ import annotations
@@ -23,13 +25,21 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from envs.cryoem.env import CryoEMVectorEnv
 from envs.cryoem.stack import SessionStack
 from envs.cryoem.types import NavigationConfig
-from ssl2rl_ray.algorithms import dqn
-from ssl2rl_ray.algorithms.losses import bootstrap_value, td_error, weighted_huber
+from ssl2rl_ray.algorithms import dqn, rainbow
+from ssl2rl_ray.algorithms.losses import (
+    bootstrap_value,
+    cross_entropy,
+    kl_divergence,
+    project,
+    td_error,
+    weighted_huber,
+)
 from ssl2rl_ray.algorithms.module import epsilon_greedy
-from ssl2rl_ray.algorithms.networks import HoleNetwork, make_network
+from ssl2rl_ray.algorithms.networks import HoleNetwork, make_network, support_of
+from ssl2rl_ray.algorithms.noisy import resample
 from ssl2rl_ray.algorithms.replay import Replay
 from ssl2rl_ray.config import TrainingConfig
-from ssl2rl_ray.recipes import DQNConfig
+from ssl2rl_ray.recipes import DQNConfig, RainbowConfig
 
 RULES = NavigationConfig.preset("cryorl", feature_set="paper", budget_min=480)
 NUM_ENVS = 8
@@ -149,6 +159,94 @@ def ratio(num_holes: int, batch_size: int, num_rounds: int) -> None:
     )
 
 
+class BareRainbow:
+    """A Rainbow update as one would write it by hand, from the replay of another."""
+
+    def __init__(self, num_holes: int, recipe: RainbowConfig, replay: Replay) -> None:
+        """Makes networks and optimiser."""
+        self.recipe, self.replay = recipe, replay
+        self.network = distributional(num_holes, recipe)
+        self.target = copy.deepcopy(self.network)
+        self.adam = torch.optim.Adam(self.network.parameters(), recipe.learning_rate)
+        self.rng = np.random.default_rng(0)
+        self.num_updates = 0
+
+    def update(self) -> None:
+        """One update of the network and of the priorities."""
+        support = self.network.support
+        assert support is not None
+        batch = self.replay.sample(self.recipe.batch_size, self.rng, 0.5)
+        reward, discount, weight = (
+            torch.as_tensor(batch[key]) for key in ("reward", "discount", "weight")
+        )
+        with torch.no_grad():
+            resample(self.network)
+            resample(self.target)
+            reached = self.network.expand(tensors(batch["next_obs"]))
+            best, action = self.network.score(reached).max(1)
+            logits, _ = self.target.at(reached, action)
+            p = logits.softmax(1)
+            z = reward[:, None] * self.recipe.reward_scale
+            z = z + (discount * ~best.isneginf())[:, None] * support
+            target = project(z, p, support)
+        resample(self.network)
+        here = self.network.expand(tensors(batch["obs"]))
+        logits, _ = self.network.at(here, torch.as_tensor(batch["action"]))
+        loss = (weight * cross_entropy(logits, target)).mean()
+        self.adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.max_grad_norm)
+        self.adam.step()
+        surprise = kl_divergence(logits.detach(), target)
+        self.replay.update_priorities(batch["index"], surprise.numpy())
+        self.num_updates += 1
+        if self.num_updates % self.recipe.target_update_interval == 0:
+            self.target.load_state_dict(self.network.state_dict())
+
+
+def distributional(num_holes: int, recipe: RainbowConfig) -> HoleNetwork:
+    made = make_network(
+        RULES,
+        stack(num_holes),
+        support=support_of(recipe, 0.0, 100.0),
+        initial_noise=recipe.initial_noise,
+    )
+    assert isinstance(made, HoleNetwork)
+    return made
+
+
+def rainbow_updates(num_holes: int, batch_size: int, num_rounds: int) -> None:
+    recipe = RainbowConfig(batch_size=batch_size, learning_starts=500, updates_per_env_step=0.02)
+    algorithm = rainbow.build(
+        recipe,
+        TrainingConfig(num_env_steps=10**6, num_envs_per_runner=NUM_ENVS),
+        make_env=functools.partial(make_env, num_holes),
+        make_network=functools.partial(distributional, num_holes, recipe),
+        seed=0,
+    )
+    torch.set_num_threads(1)
+    while algorithm.num_updates == 0:
+        algorithm.train()
+    bare = BareRainbow(num_holes, recipe, algorithm.replay)
+    bare.update()
+    ms: dict[str, list[float]] = {"rllib": [], "bare": []}
+    for _ in range(num_rounds):  # in turn, so that the neighbours disturb both alike
+        for name, update in (
+            ("rllib", functools.partial(algorithm._update, is_last=False)),
+            ("bare", bare.update),
+        ):
+            begun = time.process_time()
+            for _ in range(5):
+                update()
+            ms[name].append(1e3 * (time.process_time() - begun) / 5)
+    algorithm.stop()
+    rllib, by_hand = np.median(ms["rllib"]), np.median(ms["bare"])
+    print(
+        f"{num_holes} holes, batch {batch_size}: Rainbow update: bare {by_hand:.2f} ms, RLlib "
+        f"{rllib:.2f} ms CPU; ratio {by_hand / rllib:.2f}"
+    )
+
+
 class StockRunner(SingleAgentEnvRunner):
     """RLlib's own, with our vector env."""
 
@@ -189,8 +287,13 @@ def runners(num_holes: int, num_envs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--only", choices=["rainbow"], help="the figure of that algorithm")
     args = parser.parse_args()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    for num_holes, batch_size in ((1197, 64), (200, 64)):
+        rainbow_updates(num_holes, batch_size, args.rounds)
+    if args.only == "rainbow":
+        return
     for num_holes, batch_size in ((1197, 32), (1197, 64), (200, 32), (200, 64)):
         ratio(num_holes, batch_size, args.rounds)
     for num_holes, num_envs in ((200, 64), (1197, 64), (1197, 8)):
