@@ -227,7 +227,7 @@ def test_names_that_hide_a_difference_say_so(tmp_path):
     document = compare([tmp_path])
     assert [g["group"] for g in document["groups"]] == ["dqn", "rainbow"]
     (note,) = (n for n in document["notes"] if "names do not say" in n)
-    assert "training.num_env_steps" in note and "dqn: 1000000; rainbow: 500000" in note
+    assert "training.num_env_steps" in note and "rainbow 500000, else 1000000" in note
 
 
 def test_fewer_than_five_seeds_rank_nothing(two_groups):

@@ -525,11 +525,13 @@ def _cautions(groups: Sequence[Group], tasks: Sequence[str], kind: _Kind) -> Ite
     told = _shorts(others)
     if hidden := [n for n in others if not any(f"{told[n]}=" in g.label for g in groups)]:
         first = hidden[0]
-        some = [f"{g.label}: {word(g.settings.get(first))}" for g in groups[:4]]
-        shown = "; ".join(some + ["and so on"] * (len(groups) > 4))
+        found = {g.label: word(g.settings.get(first)) for g in groups}
+        (usual, _), *_ = Counter(found.values()).most_common(1)
+        others = [f"{label} {value}" for label, value in found.items() if value != usual]
+        shown = ", ".join([*others[:5], *["..."] * (len(others) > 5), f"else {usual}"])
         yield (
             f"groups differ in {', '.join(hidden[:5])}, which their names do not say "
-            f"({first} of {shown})"
+            f"({first}: {shown})"
         )
     threads = {run.asked.get("training.num_torch_threads") for run in runs}
     if len({run.hardware for run in runs}) > 1 or len(threads) > 1:

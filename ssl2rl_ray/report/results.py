@@ -43,6 +43,8 @@ _TITLES = {
     "labelled-rl": "RL on labelled holes only",
     "no-movement-cost": "no movement cost",
 }
+_OF_SPLITS = ("loop.selection_share",)
+"""What makes a data set, beside ``data``."""
 # What may differ between the data sets of one cell; `compute` says where a run ran, not what.
 _FREE = ("seed", "data.labelled_fraction", "loop.methods", "loop.selection")
 
@@ -231,6 +233,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Played], list[dict[str, Any
                 "sample": sample,
             }
         )
+    notes += _beside(first)
     by_navigator: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for (navigator, fraction), (_, settings) in sorted(first.items()):
         by_navigator.setdefault(navigator, []).append((fraction, settings))
@@ -242,6 +245,44 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Played], list[dict[str, Any
                 "their columns do not differ in the labels alone"
             )
     return played, runs, notes
+
+
+_First = Mapping[tuple[str, float], tuple[Path, dict[str, Any]]]
+"""The first run of each navigator and labelled fraction, and its settings."""
+
+
+def _beside(first: _First) -> Iterator[str]:
+    """Notes on runs of several navigators, whose data sets are paired in table 4.
+
+    Raises:
+        ReportError: they are not of the same data sets.
+    """
+    one_of: dict[float, str] = {}  # by fraction: the navigator that the others are compared with
+    others: dict[tuple[str, str], set[str]] = {}
+    for (navigator, fraction), (folder, settings) in first.items():
+        name = one_of.setdefault(fraction, navigator)
+        other, expected = first[name, fraction]
+        different = {
+            key
+            for key in expected.keys() | settings.keys()
+            if expected.get(key) != settings.get(key)
+            and key != "loop.navigator"
+            and not key.startswith("algorithm.")
+        }
+        if of_data := sorted(k for k in different if k.startswith("data.") or k in _OF_SPLITS):
+            key = of_data[0]
+            raise ReportError(
+                f"{other} ({name}) and {folder} ({navigator}) differ in {', '.join(of_data)} "
+                f"({key}: {expected.get(key)} / {settings.get(key)}): table 4 pairs algorithms on "
+                "the same data sets; report them apart"
+            )
+        others.setdefault((name, navigator), set()).update(different)
+    for (name, navigator), names in others.items():
+        if names:
+            yield (
+                f"{name} and {navigator} were run with different {', '.join(sorted(names))}: "
+                "their rows of Table 4 do not differ in the algorithm alone"
+            )
 
 
 def _settings(config: SSL2RLRunConfig) -> dict[str, Any]:

@@ -45,6 +45,8 @@ AGAINST = ("iterative-fixmatch", "labelled-only")
 """What every method is compared with."""
 PAPER_NAVIGATORS = ("dqn", "rainbow", "a2c")
 """Algorithms of the paper's table 4."""
+_OF_TABLE_4 = ("ssl2rl-480", "ssl2rl-120", *GROUPS["ablations"])
+"""Its rows in the paper, as far as we know them."""
 _ALWAYS = (*GROUPS["the paper's methods"], *CONTROLS)
 """Rows of tables 1 and 2, run or not."""
 _LEVELS = ("grid", "square", "patch", "hole")
@@ -90,6 +92,8 @@ class _Row:
     method: str
     navigator: str
     kept_by: str
+    against: tuple[str, ...] = ()
+    """Rows that it is compared with besides those that all are."""
 
 
 def _by_seed(
@@ -116,9 +120,10 @@ def _table(
     """Cells and paired differences of every row, quantity and fraction.
 
     A quantity is ``name, title, path, decimals`` and, where rows have their own, ``paths`` by row
-    name. ``against`` names rows.
+    name. ``against`` names rows, which all others are compared with.
     """
     cells, differences = [], []
+    references = list(dict.fromkeys([*against, *(other for row in rows for other in row.against)]))
     for quantity in quantities:
         for fraction in fractions:
             values = {
@@ -144,7 +149,7 @@ def _table(
                 )
                 about_cell = {"paper": paper, "is_run": is_run}
                 cells.append(where | figures_of(values[row.name]) | about_cell)
-                for other in against:
+                for other in dict.fromkeys((*against, *row.against)):
                     if other != row.name and values.get(other):
                         found = _difference(values[row.name], values[other])
                         if found["n"]:
@@ -153,7 +158,7 @@ def _table(
         **about,
         "rows": [{"row": r.name, "title": r.title, "group": r.group} for r in rows],
         "quantities": [{k: q[k] for k in ("name", "title", "decimals")} for q in quantities],
-        "against": [other for other in against if any(r.name == other for r in rows)],
+        "against": [other for other in references if any(r.name == other for r in rows)],
         "cells": cells,
         "differences": differences,
     }
@@ -161,7 +166,11 @@ def _table(
 
 def _paper(quantity: str, row: _Row, fraction: float) -> float | str | None:
     """The paper's number; None where the paper has no such row or quantity."""
-    if row.method not in GROUPS["the paper's methods"] or row.name != row.method:
+    if row.name != row.method:  # of table 4
+        is_there = row.method in _OF_TABLE_4 and row.navigator in PAPER_NAVIGATORS
+        is_printed = quantity.startswith("return") or quantity == "accuracy"
+        return NOT_AT_HAND if is_there and is_printed else None
+    if row.method not in GROUPS["the paper's methods"]:
         return None
     if quantity == "accuracy":
         at = 1.0 if row.method == "full-labels" else round(fraction, 6)
@@ -295,48 +304,48 @@ def _ablations(
 ) -> dict[str, Any]:
     """Algorithms and ablations; every row quotes return and accuracy of the same kept round."""
 
-    def row(method: str, navigator: str, kept_by: str, heading: str = "") -> _Row:
-        is_varied = not heading
-        heading = heading or "algorithm, and what the round is kept by"
+    def row(method: str, navigator: str, kept_by: str, heading: str, text: str) -> _Row:
         return _Row(
             name=f"{method}/{navigator}/{kept_by}",
-            title=f"{title(method)}, {navigator}, kept by {kept_by}"
-            if is_varied
-            else title(method),
+            title=text,
             group=heading,
             method=method,
             navigator=navigator,
             kept_by=kept_by,
+            # of the same algorithm: returns differ by it whatever the labels
+            against=tuple(f"{m}/{navigator}/reward" for m in AGAINST),
         )
 
     has = {(p.method, p.navigator) for p in played}
+    heading = "algorithm, and what the round is kept by"
     rows = [
-        row(method, navigator, kept_by)
-        for method in ("ssl2rl-480", "ssl2rl-120")
+        row(m, navigator, kept_by, heading, f"{title(m)}, {navigator}, kept by {kept_by}")
+        for m in ("ssl2rl-480", "ssl2rl-120")
         for navigator in navigators
         for kept_by in ("reward", "accuracy")
-        if (method, navigator) in has
+        if (m, navigator) in has
     ]
     base = rows[0].name if rows else None
+    heading = f"ablations ({main}, kept by reward)"
+    rows += [row(m, main, "reward", heading, title(m)) for m in GROUPS["ablations"] if m in methods]
+    heading = "controls and reference (kept by reward)"
     rows += [
-        row(m, main, "reward", f"ablations ({main}, kept by reward)")
-        for m in GROUPS["ablations"]
-        if m in methods
-    ]
-    rows += [
-        row(m, main, "reward", f"controls and reference ({main}, kept by reward)")
+        row(m, navigator, "reward", heading, f"{title(m)}, {navigator}")
+        for navigator in navigators
         for m in ("iterative-fixmatch", *CONTROLS)
-        if m in methods
+        if (m, navigator) in has and (navigator == main or m in AGAINST)
     ]
     no_run = [name for name in PAPER_NAVIGATORS if name not in navigators]
     no_run += [title(name) for name in GROUPS["ablations"] if name not in methods]
     missing = f" Rows of the paper without a run here: {', '.join(no_run)}." if no_run else ""
-    against = [name for name in (base, *(f"{m}/{main}/reward" for m in AGAINST)) if name]
     return _table(
-        played, rows, [*returns, of_classifier[0], of_classifier[1]], fractions, against,
+        played, rows, [*returns, of_classifier[0], of_classifier[1]], fractions,
+        [base] if base else [],
         title="Table 4: algorithms and ablations",
         caption="On the test squares; return and accuracy are of the same round, kept as the row "
-        "says. The paper's own numbers of this table are not at hand." + missing,
+        "says. Runs of one data set are paired, whatever navigates; SSL²-RL is compared with "
+        "iterative FixMatch of the same algorithm. The paper's own numbers of this table are not "
+        "at hand." + missing,
     )  # fmt: skip
 
 
