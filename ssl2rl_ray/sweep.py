@@ -1,7 +1,8 @@
 """Many runs of one config: a sweep file -> trials -> run directories, side by side on Ray Tune.
 
     base   a config of any kind: in place, or the path of another YAML file, relative to this one
-    space  dotted name -> list of values; the trials are all their combinations
+    space  dotted name -> list of values; the trials are all their combinations. A value may be a
+           section: its fields are laid over those of base, one choice of several settings
     tune   ``TuneConfig``: what a trial may use, how many run at once
 
 A trial is a run directory ``OUT/<what it varies>/``, made by the same function as ``ssl2rl run``.
@@ -132,7 +133,8 @@ def _checked(base: Any, space: dict[str, Any], tune_values: Any, source: str) ->
     ]
     trials: dict[str, RunConfig] = {}
     found: dict[str, list[str]] = {}  # problem -> names of the trials that have it
-    for name, point in zip(_trial_names(points), points, strict=True):
+    for name, chosen in zip(_trial_names(points), points, strict=True):
+        point = dict(_fields(chosen))
         try:
             config = _with_threads(from_dict(_varied(base, point)), tune.num_cpus, set(point))
             trials[name] = config
@@ -166,14 +168,27 @@ def _space_problems(space: dict[str, Any]) -> Iterator[str]:
     for name, values in space.items():
         if not isinstance(values, list) or not values:
             yield f"space.{name}: expected a list of values"
-        elif any(isinstance(value, dict) for value in values):
-            yield f"space.{name}: a value is a section; vary its fields, by dotted names"
         elif len({json.dumps(value, default=str) for value in values}) < len(values):
             yield f"space.{name}: a value is there twice"
         else:
             num_trials *= len(values)
     if num_trials > _MAX_TRIALS:
         yield f"space: {num_trials} combinations; at most {_MAX_TRIALS} are a sweep"
+    owner: dict[str, str] = {}  # field -> line of space that varies it
+    for name, values in space.items():
+        listed = values if isinstance(values, list) else []
+        for field in sorted({field for value in listed for field, _ in _fields({name: value})}):
+            if (other := owner.setdefault(field, name)) != name:
+                yield f"space.{name}: {field} is varied by space.{other}, too"
+
+
+def _fields(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values by dotted name, those of sections apart."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
 
 
 def _whose(names: Sequence[str], num_trials: int) -> str:
@@ -243,7 +258,11 @@ def _trial_names(points: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _as_word(value: Any) -> str:
-    """A value as part of a folder's name."""
+    """A value as part of a folder's name; of a section its ``name``, else its fields."""
+    if isinstance(value, dict) and "name" in value:
+        return _as_word(value["name"])
+    if isinstance(value, dict):
+        return "_".join(f"{k}-{_as_word(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list):
         return "-".join(map(_as_word, value)) or "none"
     if isinstance(value, int | float):

@@ -1,10 +1,16 @@
 """Every file in tune_configs is valid; the demonstration's says what the command trains."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from ssl2rl_ray.config import NavigationRunConfig, load_config, navigation_config
+from ssl2rl_ray.config import (
+    NavigationRunConfig,
+    SSL2RLRunConfig,
+    load_config,
+    navigation_config,
+)
 from ssl2rl_ray.schema import read_yaml, to_yaml
 from ssl2rl_ray.sweep import Room, load_sweep, num_concurrent
 
@@ -23,7 +29,7 @@ def test_there_are_configs():
         "ssl2rl_demo",
         "ssl2rl_paper",
     }
-    assert {path.stem for path in SWEEPS} >= {"smoke_sweep", "ssl2rl_mini"}
+    assert {path.stem for path in SWEEPS} >= {"smoke_sweep", "ssl2rl_algorithms", "ssl2rl_mini"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -39,6 +45,20 @@ def test_every_config_is_valid_and_survives_a_round_trip(path, tmp_path):
 def test_every_sweep_is_valid_and_fits_on_four_cores(path):
     room = Room(where="a laptop", num_cpus=4, num_gpus=0, largest_node_cpus=4)
     assert num_concurrent(load_sweep(path), room) >= 1
+
+
+def test_table_4_differs_from_the_mini_sweep_in_the_algorithm_alone():
+    mini = load_sweep(FOLDER / "ssl2rl_mini.yaml").trials["seed-3_labelled_fraction-0.1"]
+    sweep = load_sweep(FOLDER / "ssl2rl_algorithms.yaml").trials
+    assert isinstance(mini, SSL2RLRunConfig) and len(sweep) == 5 * 4
+    for name in ("dqn", "rainbow", "a2c", "ppo"):
+        trial = sweep[f"algorithm-{name}_seed-3"]
+        assert isinstance(trial, SSL2RLRunConfig) and trial.algorithm.name == name
+        loop = dataclasses.replace(mini.loop, methods=trial.loop.methods)
+        assert dataclasses.replace(trial, algorithm=mini.algorithm) == dataclasses.replace(
+            mini, loop=loop
+        )
+    assert sweep["algorithm-dqn_seed-3"].algorithm == mini.algorithm
 
 
 def test_the_papers_fixmatch_is_the_papers():

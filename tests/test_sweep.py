@@ -65,6 +65,27 @@ def test_the_trials_are_all_combinations_in_order(tmp_path):
     assert config.training.num_epochs == 2 and config.compute.num_torch_threads == 1
 
 
+def test_a_value_may_be_a_section_laid_over_that_of_the_base(tmp_path):
+    space = {
+        "algorithm": [{"name": "dqn", "n_step": 1}, {"name": "a2c"}, {"name": "a2c", "n_step": 5}],
+        "seed": [0],
+    }
+    base = {"kind": "navigation", "algorithm": {"hidden_sizes": [8]}}
+    sweep = load_sweep(write(tmp_path, base=base, space=space))
+    assert list(sweep.trials) == [  # two of a name are told apart by their number
+        "0_algorithm-dqn_seed-0",
+        "1_algorithm-a2c_seed-0",
+        "2_algorithm-a2c_seed-0",
+    ]
+    found = [trial.algorithm for trial in sweep.trials.values()]  # type: ignore[union-attr]
+    assert [(a.name, a.n_step) for a in found] == [("dqn", 1), ("a2c", None), ("a2c", 5)]
+    assert all(a.hidden_sizes == (8,) for a in found)
+    space["algorithm"].pop()
+    sweep = load_sweep(write(tmp_path, base=base, space=space))
+    assert list(sweep.trials) == ["algorithm-dqn_seed-0", "algorithm-a2c_seed-0"]
+    assert base == {"kind": "navigation", "algorithm": {"hidden_sizes": [8]}}
+
+
 def test_the_base_may_be_a_file_beside_the_sweep(tmp_path):
     (tmp_path / "below").mkdir()
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
@@ -112,7 +133,11 @@ def test_threads_and_cpus_agree(tmp_path, num_cpus, base_threads, space, threads
         ({"space": {"seed": 3}}, "space.seed: expected a list of values"),
         ({"space": {"seed": []}}, "space.seed: expected a list of values"),
         ({"space": {"seed": [1, 1]}}, "space.seed: a value is there twice"),
-        ({"space": {"data": [{"preset": "demo"}]}}, "space.data: a value is a section"),
+        (
+            {"space": {"data.preset": ["demo"], "data": [{"preset": "demo"}]}},
+            "space.data.preset: data.preset is varied by space.data, too",
+        ),
+        ({"space": {"seed": [{"of": 1}]}}, "every trial: seed: expected"),
         ({"space": {"seed": list(range(10_001))}}, "10001 combinations"),
         ({"space": {"kind.of": [1]}}, "every trial: space.kind.of: kind is not a section"),
         ({"space": {"training.num_epoch": [1, 2]}}, "every trial: training.num_epoch: unknown"),
