@@ -14,6 +14,12 @@ import pytest
 
 from ssl2rl_ray.cli import main
 from ssl2rl_ray.config import METHODS, LoopConfig, PerceptionDataConfig, SSL2RLRunConfig
+from ssl2rl_ray.recipes import (
+    DQNConfig,
+    NavigationA2CConfig,
+    NavigationAlgorithm,
+    RainbowConfig,
+)
 from ssl2rl_ray.report import check_out, format_report, report, write_report
 from ssl2rl_ray.report.figures import _STYLES, points
 from ssl2rl_ray.report.results import GROUPS, ReportError
@@ -97,6 +103,7 @@ def write_run(
     loop: dict[str, Any] | None = None,
     share: float = 0.5,
     status: str = "finished",
+    algorithm: NavigationAlgorithm | None = None,
 ) -> Path:
     known = tuple(name for name in methods if name in METHODS)
     options = {"methods": known or ("fixmatch",), "num_rounds": 1} | (loop or {})
@@ -104,6 +111,7 @@ def write_run(
         seed=seed,
         data=PerceptionDataConfig(labelled_fraction=fraction),
         loop=LoopConfig(**options),
+        algorithm=algorithm or DQNConfig(),
     )
     anova = {"grid": 0.05, "square": 0.15, "patch": 0.8 - share, "hole": share}
     sample = {"num_holes": 800, "num_labelled": 40, "anova": anova}
@@ -396,6 +404,63 @@ def test_other_navigators_stand_in_table_4_alone(three_seeds):
     assert less["seeds"] == [0] and less["values"] == pytest.approx([0.3])
     assert "rainbow, a2c" in document["tables"]["table4"]["caption"]
     assert any("lagrange stand in Table 4" in note for note in document["notes"])
+
+
+def test_algorithms_stand_side_by_side_in_table_4(three_seeds):
+    for seed in range(2):
+        found = {
+            "iterative-fixmatch": of_test(0.7, 0.7),
+            "ssl2rl-480": of_test(0.3, 0.72 + 0.01 * seed, kept=1),
+        }
+        write_run(
+            three_seeds / f"rainbow-{seed}", found, seed=seed, algorithm=RainbowConfig(n_step=1)
+        )
+    document = report([three_seeds])
+    table, accuracy = document["tables"]["table4"], {"quantity": "accuracy"}
+    assert [row["row"] for row in table["rows"]] == [
+        *(f"ssl2rl-480/{n}/{k}" for n in ("dqn", "rainbow") for k in ("reward", "accuracy")),
+        "iterative-fixmatch/dqn/reward",
+        "labelled-only/dqn/reward",
+        "iterative-fixmatch/rainbow/reward",
+    ]
+    row = "ssl2rl-480/rainbow/reward"
+    found = cell(document, "table4", row=row, **accuracy)
+    assert (found["n"], found["mean"]) == (2, pytest.approx(0.725))
+    assert found["paper"] == NOT_AT_HAND
+    assert (
+        cell(document, "table4", row="iterative-fixmatch/dqn/reward", **accuracy)["paper"] is None
+    )
+    # with DQN on the same data sets, and with the baseline of the same algorithm
+    for other, values in (
+        ("ssl2rl-480/dqn", [0.12, 0.11]),
+        ("iterative-fixmatch/rainbow", [0.02, 0.03]),
+    ):
+        less = cell(
+            document, "table4", "differences", row=row, against=f"{other}/reward", **accuracy
+        )
+        assert less["seeds"] == [0, 1] and less["values"] == pytest.approx(values)
+    with pytest.raises(AssertionError):
+        cell(document, "table4", "differences", row=row, against="iterative-fixmatch/dqn/reward")
+    assert table["against"][-1] == "iterative-fixmatch/rainbow/reward"
+    assert "without a run here: a2c" in table["caption"]
+    assert not any("do not differ in the algorithm alone" in note for note in document["notes"])
+    page = write_report(document, three_seeds / "out").read_text()
+    assert "less iterative FixMatch, rainbow" in page
+
+
+def test_algorithms_on_other_data_are_no_pairs_and_other_settings_are_said(three_seeds):
+    found = {"ssl2rl-480": of_test(0.9, 0.9)}
+    other = {"seed": 0, "algorithm": NavigationA2CConfig()}
+    run = write_run(three_seeds / "a2c", found, loop={"num_rollouts": 3}, **other)
+    notes = report([three_seeds])["notes"]
+    assert any(
+        "a2c and dqn were run with different loop.num_rollouts: their rows" in note
+        for note in notes
+    )
+    shutil.rmtree(run)
+    write_run(three_seeds / "a2c", found, loop={"selection_share": 0.5}, **other)
+    with pytest.raises(ReportError, match=r"loop\.selection_share.*pairs algorithms on the same"):
+        report([three_seeds])
 
 
 def test_rows_of_the_paper_without_a_run_are_named(three_seeds):
