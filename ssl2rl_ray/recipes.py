@@ -201,8 +201,11 @@ class ACKTRConfig(_PolicyGradient):
     name: Literal["acktr"] = "acktr"
     n_step: PositiveInt | None = None
     """Rewards in a return before the value stands in, in place of ``trace_decay``."""
-    is_standardized: bool = False
-    """Advantages of an update are brought to mean 0 and sd 1."""
+    is_standardized: bool = True
+    """Advantages of an update are brought to mean 0 and sd 1; the paper takes them as they are.
+
+    Without it ``learning_rate`` hangs on the scale of rewards.
+    """
     learning_rate: Positive = 0.25
     """Largest step (eta_max), falling linearly to ``final_learning_rate`` over the run."""
     final_learning_rate: NonNegative = 0.025
