@@ -59,7 +59,9 @@ RECIPES: dict[str, tuple[Any, dict[str, int]]] = {
         {"num_envs_per_runner": 8, "rollout_length": 8, "num_env_runners": 2},
     ),
     "acktr": (
-        TuningACKTRConfig(discount=0.99, reward_scale=0.1, hidden_sizes=(64, 64)),
+        TuningACKTRConfig(
+            discount=0.99, is_standardized=False, reward_scale=0.1, hidden_sizes=(64, 64)
+        ),
         {"num_envs_per_runner": 8, "rollout_length": 32},
     ),
     "ppo": (
