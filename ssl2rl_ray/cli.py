@@ -382,8 +382,8 @@ def _predict(args: argparse.Namespace) -> None:
             on_step=progress,
         )
     lines = [
-        f"{args.out}: p_low_ctf of {result['num_holes']} holes, {result['num_images']} with an "
-        f"image; {result['num_known']} labels used for their neighbours"
+        f"{args.out}: p_low_ctf of {result['num_holes']} holes, {result['num_inputs']} with "
+        f"{result['input']}; {result['num_known']} labels used for their neighbours"
     ]
     if args.dataset:
         lines.append(f"{args.dataset}: the session with these probabilities, for `ssl2rl plan`")
@@ -736,8 +736,10 @@ def _parser() -> argparse.ArgumentParser:
     with_json(sub)
 
     sub = command("predict", _predict, "tell the probability of every hole from its image")
-    sub.add_argument("run", metavar="RUN", help="run of kind perception, or its model folder")
-    sub.add_argument("--data", required=True, metavar="DIR", help="dataset folder with images")
+    sub.add_argument("run", metavar="RUN", help="run of kind perception, or a model folder")
+    sub.add_argument(
+        "--data", required=True, metavar="DIR", help="dataset folder with images (or predictions)"
+    )
     sub.add_argument("--out", required=True, metavar="PARQUET")
     sub.add_argument(
         "--labels",

@@ -15,14 +15,19 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from envs.cryoem.types import RandomEffects
-from ssl2rl_ray.config import SSL2RLRunConfig, load_config
+from ssl2rl_ray.cli import main
+from ssl2rl_ray.config import PerceptionRunConfig, SSL2RLRunConfig, load_config
 from ssl2rl_ray.data.folder import read_dataset, write_dataset
 from ssl2rl_ray.data.text import DataError
-from ssl2rl_ray.loop.head import Head, finetune, fit_ridge, given_logit, pretrain, sample_of
+from ssl2rl_ray.loop.head import finetune, fit_ridge, pretrain, sample_of
 from ssl2rl_ray.loop.ssl2rl import ssl2rl
-from ssl2rl_ray.loop.stages import Task, believe
+from ssl2rl_ray.loop.stages import Task, believe, whole_system
+from ssl2rl_ray.perception.head import Head, given_logit
 from ssl2rl_ray.perception.metrics import area_under_roc
+from ssl2rl_ray.perception.model import Model
 from ssl2rl_ray.perception.posterior import logit_parts
+from ssl2rl_ray.perception.predict import predict
+from ssl2rl_ray.perception.trainer import data_hashes
 from ssl2rl_ray.runs import RunDirectory
 from ssl2rl_ray.schema import ConfigError
 
@@ -55,6 +60,16 @@ def poisoned(source: Path, task: Task, target: Path) -> Path:
     table = table.replace(ctf_max_resolution_A=ctf)
     write_dataset(table, target, provenance={"notes": []})
     return target
+
+
+def logits_of(folder: Path, task: Task) -> np.ndarray:
+    return Model.load(folder).logits(task.table, None, None)
+
+
+def coefficients_of(folder: Path) -> np.ndarray:
+    head = Model.load(folder).classifier
+    assert isinstance(head, Head)
+    return head.coefficients
 
 
 def labels_file(path: Path, task: Task, rows, is_low, confidence) -> Path:
@@ -160,7 +175,7 @@ def test_holes_without_a_prediction_are_not_learned_from(demo_dir, tmp_path):
     for rows in dataclasses.astuple(task.split):
         assert np.isfinite(predicted[rows]).all()
     f_0 = pretrain(task, tmp_path / "f0", has_all_labels=False)
-    logits = Head.load(f_0).logits(task.table)
+    logits = logits_of(f_0, task)
     assert (np.isnan(logits) == np.isnan(predicted)).all()
     belief = believe(task, f_0, f_0)
     assert belief.p_posterior is not None
@@ -173,25 +188,29 @@ def test_holes_without_a_prediction_are_not_learned_from(demo_dir, tmp_path):
 def test_a_head_is_read_as_it_was_written(demo_dir, tmp_path):
     task = Task.of(config(demo_dir))
     folder = pretrain(task, tmp_path / "f0", has_all_labels=False)
-    head = Head.load(folder)
-    head.save(tmp_path / "again")
-    again = (tmp_path / "again" / "head.json").read_bytes()
-    assert again == (folder / "head.json").read_bytes()
-    assert len(head.cross_fitted) == len(head.labels_seen) == len(task.split.labelled)
-    assert head.posterior is not None and head.posterior.num_labelled == len(task.split.labelled)
-    (folder / "head.json").write_text('{"coefficients": [1, 2]}')
-    with pytest.raises(ValueError, match=r"head\.json is missing or damaged"):
-        Head.load(folder)
+    model = Model.load(folder)
+    model.save_new(tmp_path / "again")
+    again = (tmp_path / "again" / "model.json").read_bytes()
+    assert again == (folder / "model.json").read_bytes()
+    assert [path.name for path in folder.iterdir()] == ["model.json"]
+    assert len(model.cross_fitted) == len(model.labels_seen) == len(task.split.labelled)
+    assert model.posterior is not None and model.posterior.num_labelled == len(task.split.labelled)
+    description = json.loads(again)
+    for wrong in ([1, 2], [1, 2, 3, 4, None], None, [1, 2, 3, 4, float("inf")]):
+        text = json.dumps(description | {"coefficients": wrong})
+        (folder / "model.json").write_text(text)
+        with pytest.raises(ValueError, match=r"the classifier is damaged"):
+            Model.load(folder)
 
 
 def test_a_finished_stage_is_not_done_again(demo_dir, tmp_path):
     task = Task.of(config(demo_dir))
     f_0 = pretrain(task, tmp_path / "f0", has_all_labels=False)
     f_1 = finetune(task, f_0, None, tmp_path / "f1")
-    before = [(path / "head.json").stat().st_mtime_ns for path in (f_0, f_1)]
+    before = [(path / "model.json").stat().st_mtime_ns for path in (f_0, f_1)]
     pretrain(task, tmp_path / "f0", has_all_labels=False)
     finetune(task, f_0, None, tmp_path / "f1")
-    assert [(path / "head.json").stat().st_mtime_ns for path in (f_0, f_1)] == before
+    assert [(path / "model.json").stat().st_mtime_ns for path in (f_0, f_1)] == before
 
 
 def test_more_folds_than_labels_and_no_folds(demo_dir, tmp_path):
@@ -201,8 +220,8 @@ def test_more_folds_than_labels_and_no_folds(demo_dir, tmp_path):
     without = {"pretraining.num_folds": 0, "data.validation_labelled_fraction": 0}
     task = Task.of(config(demo_dir, **without))
     f_0 = pretrain(task, tmp_path / "f0", has_all_labels=False)
-    head, belief = Head.load(f_0), believe(task, f_0, f_0)
-    assert head.posterior is None and head.temperature == 1 and not head.cross_fitted
+    model, belief = Model.load(f_0), believe(task, f_0, f_0)
+    assert model.posterior is None and model.temperature == 1
     assert belief.p_posterior is None and belief.effects == RandomEffects()
 
 
@@ -215,11 +234,8 @@ def test_a_hole_is_judged_by_heads_that_did_not_see_its_label(demo_dir, tmp_path
         truth = task.truth.copy()
         truth[hole] = abs(truth[hole] - number)
         turned = dataclasses.replace(task, truth=truth)
-        heads.append(
-            Head.load(pretrain(turned, tmp_path / f"f{number}", has_all_labels=False)).logits(
-                task.table
-            )
-        )
+        folder = pretrain(turned, tmp_path / f"f{number}", has_all_labels=False)
+        heads.append(logits_of(folder, task))
     moved = heads[0] != heads[1]
     assert not moved[hole] and moved[task.split.unlabelled].all()
     assert 0 < moved[task.split.labelled].mean() < 1  # those of its own fold stay, too
@@ -233,9 +249,9 @@ def test_pseudo_labels_count_by_confidence_and_only_where_nothing_is_known(demo_
 
     def tuned(name, rows, is_low, confidence):
         file = labels_file(tmp_path / f"{name}.parquet", task, rows, is_low, confidence)
-        return Head.load(finetune(task, f_0, file, tmp_path / name)).coefficients
+        return coefficients_of(finetune(task, f_0, file, tmp_path / name))
 
-    alone = Head.load(finetune(task, f_0, None, tmp_path / "alone")).coefficients
+    alone = coefficients_of(finetune(task, f_0, None, tmp_path / "alone"))
     one = tuned("one", rows, is_low, confidence)
     assert one == pytest.approx(tuned("two", rows, is_low, 2 * confidence), abs=1e-8)
     assert one != pytest.approx(alone, abs=1e-2)
@@ -255,27 +271,28 @@ def test_the_truth_as_pseudo_labels_makes_a_head_like_that_of_all_labels(demo_di
     for k in range(10):
         folder = finetune(task, folder, file, tmp_path / f"f{k}")
 
-    def loss(head):
+    def loss(folder):
         sign = np.where(task.truth[rows] == 1, -1, 1)
-        no_folds = dataclasses.replace(Head.load(head), cross_fitted={})
-        return np.logaddexp(0, sign * no_folds.logits(task.table)[rows]).mean()
+        no_folds = dataclasses.replace(Model.load(folder), cross_fitted={})
+        return np.logaddexp(0, sign * no_folds.logits(task.table, None, None)[rows]).mean()
 
     assert loss(folder) < loss(full) + 0.25 * (loss(f_0) - loss(full))
-    assert Head.load(f_0).labels_seen == Head.load(folder).labels_seen
+    assert Model.load(f_0).labels_seen == Model.load(folder).labels_seen
 
 
 def test_a_head_is_drawn_to_where_it_begins(demo_dir, tmp_path):
     task = Task.of(config(demo_dir))
-    begun = Head.load(pretrain(task, tmp_path / "f0", has_all_labels=False))
+    begun = Model.load(pretrain(task, tmp_path / "f0", has_all_labels=False))
+    assert isinstance(begun.classifier, Head)
     design = np.vstack([np.ones(len(task.table)), logit_parts(task.table, given_logit(task.table))])
     known, is_low = task.split.labelled, task.truth[task.split.labelled] == 1
     for name, shift in (("low", -2.0), ("high", 2.0)):
-        start = dataclasses.replace(begun, coefficients=begun.coefficients + shift)
-        start.save(tmp_path / name)
-        found = Head.load(finetune(task, tmp_path / name, None, tmp_path / f"{name}-1"))
+        start = begun.classifier.coefficients + shift
+        dataclasses.replace(begun, classifier=Head(start)).save_new(tmp_path / name)
+        found = coefficients_of(finetune(task, tmp_path / name, None, tmp_path / f"{name}-1"))
         # sum of losses + 4 / 2 |beta - start|², the ridge of the module's docstring
-        p = expit(found.coefficients @ design[:, known])
-        slope = design[:, known] @ (p - is_low) + 4 * (found.coefficients - start.coefficients)
+        p = expit(found @ design[:, known])
+        slope = design[:, known] @ (p - is_low) + 4 * (found - start)
         np.testing.assert_allclose(slope, 0, atol=1e-6)
 
 
@@ -292,16 +309,104 @@ def test_no_label_is_read_that_nobody_may_know(demo_dir, tmp_path):
         labels_file(labels, task, rows, np.arange(len(rows)) % 2, 0.7)
         f_1 = finetune(task, f_0, labels, tmp_path / name / "f1")
         beliefs.append(believe(task, f_0, f_1))
-        heads.append([json.loads((f / "head.json").read_text()) for f in (f_0, f_1)])
+        heads.append([json.loads((f / "model.json").read_text()) for f in (f_0, f_1)])
         del heads[-1][0]["posterior"]["fitted_on"]  # a hash of the table, CTF values included
+        for model in heads[-1]:
+            del model["notes"], model["validation_marks"]  # hashes too, of what is judged
     assert heads[0] == heads[1]
     for name in ("p_classifier", "p_posterior", "p_blind"):
         assert (getattr(beliefs[0], name) == getattr(beliefs[1], name)).all(), name
     full = [
-        Head.load(pretrain(task, tmp_path / f"full{i}", has_all_labels=True)).coefficients
+        coefficients_of(pretrain(task, tmp_path / f"full{i}", has_all_labels=True))
         for i, task in enumerate((clean, secret))
     ]
     assert (full[0] != full[1]).all()  # the bound does read them
+
+
+# ---- what `ssl2rl predict` makes of it -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(demo_dir, tmp_path_factory) -> Path:
+    """Of a session of whose holes every fifth has no prediction."""
+    folder = tmp_path_factory.mktemp("head")
+    table = read_dataset(demo_dir).table
+    predicted = np.where(np.arange(len(table)) % 5 == 2, np.nan, table.predicted_ctf_A)
+    table = table.replace(predicted_ctf_A=predicted)
+    write_dataset(table, folder / "data", provenance={"notes": []})
+    chosen = config(folder / "data", **{"loop.methods": "[smooth, supervised]"})
+    with RunDirectory.create(folder / "run", chosen) as opened:
+        ssl2rl(chosen, opened, progress=lambda row: None)
+    return folder / "run"
+
+
+def test_predictions_are_what_the_loop_judged(run, tmp_path):
+    data = run.parent / "data"
+    task, f_0 = Task.of(config(data)), run / "f0" / "fixmatch"
+    judged = np.concatenate([task.selection, task.test])
+    for k, classifier in enumerate([f_0, run / "methods/smooth/round-02/classifier"]):
+        belief = believe(task, f_0, classifier)
+        whole_system(task, f_0, classifier).save_new(tmp_path / f"model-{k}")
+        for labels, expected in (("none", None), ("run", belief.p_blind)):
+            out = tmp_path / f"{k}.parquet"
+            said = predict(tmp_path / f"model-{k}", data, out, labels=labels)
+            assert (said["input"], said["num_inputs"]) == ("a prediction", task.has_image.sum())
+            assert said["num_seen"] == len(task.split.labelled)
+            found = pq.read_table(out).to_pandas()
+            assert found["hole_name"].tolist() == task.table.hole_name.tolist()
+            assert (found["p_classifier"].isna() == ~task.has_image).all()
+            own = task.has_image & ~task.is_labelled
+            np.testing.assert_allclose(
+                found["p_classifier"][own], belief.p_classifier[own], atol=1e-9
+            )
+            if expected is None:
+                assert (found["p_low_ctf"] == found["p_marginal"]).all()
+            else:
+                assert (found["is_known"] == task.is_labelled).all()
+                np.testing.assert_allclose(found["p_low_ctf"][judged], expected[judged], atol=1e-6)
+    for name in ("smooth", "supervised"):
+        assert Model.load(run / "methods" / name / "model").posterior is not None
+
+
+def test_the_command_goes_from_a_run_to_a_plan(run, tmp_path, capsys):
+    data, model = str(run.parent / "data"), str(run / "methods/smooth/model")
+    out, again, plan = (str(tmp_path / name) for name in ("p.parquet", "again", "plan.csv"))
+    assert main(["predict", model, "--data", data, "--out", out, "--dataset", again]) == 0
+    num_given = np.isfinite(read_dataset(data).table.predicted_ctf_A).sum()
+    assert f"{num_given} with a prediction" in capsys.readouterr().out
+    table = read_dataset(again).table
+    marginal = pq.read_table(out)["p_marginal"].to_numpy()
+    np.testing.assert_allclose(table.p_low_ctf, marginal)
+    words = ["plan", "lagrange", "--data", again, "--calibration", again, "--budget-min", "30"]
+    assert main([*words, "--out", plan]) == 0
+    assert len(Path(plan).read_text().splitlines()) > 5
+
+
+def test_what_a_head_cannot_do_is_said(run, demo_dir, tmp_path, capsys):
+    table = read_dataset(demo_dir).table
+    nan, half = np.full(len(table), np.nan), np.full(len(table), 0.5)
+    bare = table.replace(predicted_ctf_A=nan, p_low_ctf=half)
+    images = np.zeros((len(table), 32, 32), np.uint8)
+    write_dataset(bare, tmp_path / "bare", provenance={"notes": []}, images=images)
+    words = ["predict", str(run / "methods/smooth/model"), "--data", str(tmp_path / "bare")]
+    assert main([*words, "--out", str(tmp_path / "p.parquet")]) == 2
+    said = capsys.readouterr().err
+    assert "has no predictions" in said and "--predictions FILE" in said
+    assert not (tmp_path / "p.parquet").exists()
+    initial = load_config(
+        None,
+        [
+            "kind=perception",
+            "classifier.network=cnn",
+            f"classifier.initial={run / 'methods/smooth/model'}",
+            "data.preset=demo",
+            "training.method=supervised",
+            "training.num_folds=0",
+        ],
+    )
+    assert isinstance(initial, PerceptionRunConfig)
+    with pytest.raises(ValueError, match="is a head on given predictions, not a network"):
+        data_hashes(initial)
 
 
 # ---- the loop on real input ----------------------------------------------------------------------
@@ -333,7 +438,7 @@ def test_the_whole_loop_runs_on_the_real_session(aldolase_dir, tmp_path):
             labels = found["rounds"][k]["pseudo_labels"]
             assert labels["labels"]["accuracy"] > 0.7 and labels["num_unlabelled"] > 600
     shutil.rmtree(tmp_path / "run" / "methods")  # what is left of f_0 is a head, not a network
-    assert [p.name for p in (tmp_path / "run" / "f0" / "fixmatch").iterdir()] == ["head.json"]
+    assert [p.name for p in (tmp_path / "run" / "f0" / "fixmatch").iterdir()] == ["model.json"]
 
 
 @pytest.mark.ray

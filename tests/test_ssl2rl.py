@@ -8,7 +8,7 @@ import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +18,7 @@ import torch
 from envs.cryoem.images import draw_images
 from envs.cryoem.synthetic import draw_session
 from envs.cryoem.types import NavigationConfig, RandomEffects
+from ssl2rl_ray.algorithms.policy import Artefact
 from ssl2rl_ray.cli import main
 from ssl2rl_ray.config import METHODS, LoopConfig, SSL2RLRunConfig, load_config
 from ssl2rl_ray.data.folder import read_dataset, write_dataset
@@ -36,7 +37,10 @@ from ssl2rl_ray.loop.stages import (
     session_of,
     whole_system,
 )
+from ssl2rl_ray.perception.head import Head
 from ssl2rl_ray.perception.model import model_of_run
+from ssl2rl_ray.recipes import NavigationAlgorithm, ValueAlgorithm
+from ssl2rl_ray.report import report, write_report
 from ssl2rl_ray.runs import RunDirectory
 from ssl2rl_ray.schema import ConfigError
 
@@ -115,9 +119,17 @@ RL = HEAD | {
 """Heads for speed, and a policy that learns a little."""
 
 
-@pytest.fixture
+def rl(algorithm: str) -> dict[str, Any]:
+    """``RL`` by another algorithm; those that learn a policy have no replay."""
+    of_replay = ("algorithm.learning_starts", "algorithm.batch_size")
+    has_values = algorithm in ("dqn", "rainbow")
+    kept = {name: value for name, value in RL.items() if has_values or name not in of_replay}
+    return kept | {"algorithm.name": algorithm}
+
+
+@pytest.fixture(scope="module")
 def one_ray():
-    """Of all runs of a test."""
+    """Of all runs that train a policy."""
     with local_ray(1):
         yield
 
@@ -326,14 +338,14 @@ def decided(folder: Path) -> dict[str, Any]:
         if path.name == "model.json":
             model = model_of_run(path.parent)
             posterior = model.posterior
+            head = model.classifier
             found[name] = (
+                head.coefficients.tolist() if isinstance(head, Head) else None,
                 model.temperature,
                 sorted(model.cross_fitted.items()),
                 sorted(model.labels_seen),
                 posterior and dataclasses.replace(posterior, fitted_on=""),
             )
-        elif path.name == "head.json":
-            found[name] = dict(json.loads(path.read_text()), posterior=None)
         elif path.name in ("model.safetensors", "policy.safetensors", "holes.parquet"):
             found[name] = path.read_bytes()
         elif path.name == "pseudo_labels.parquet":
@@ -404,9 +416,9 @@ def test_the_bounds_do_read_the_labels(demo_dir, tmp_path):
     assert runs[0].keys() == runs[1].keys()
     differing = {name for name in runs[0] if runs[0][name] != runs[1][name]}
     assert differing == {
-        "f0/full/head.json",
+        "f0/full/model.json",
         "methods/true-labels/round-00/pseudo_labels.parquet",
-        "methods/true-labels/round-01/classifier/head.json",
+        "methods/true-labels/round-01/classifier/model.json",
     }
 
 
@@ -571,8 +583,9 @@ def test_a_run_broken_off_at_every_stage_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.ray
-def test_so_does_a_run_broken_off_while_a_policy_is_trained(demo_dir, tmp_path, one_ray):
-    chosen = config(demo_dir, **RL, **{"loop.methods": "[ssl2rl-120]"})
+@pytest.mark.parametrize("algorithm", ["dqn", "rainbow", "ppo"])
+def test_so_does_a_run_broken_off_while_a_policy_is_trained(demo_dir, tmp_path, one_ray, algorithm):
+    chosen = config(demo_dir, **rl(algorithm), **{"loop.methods": "[ssl2rl-120]"})
     whole = played(tmp_path / "whole", chosen)
     met = play_brokenly(tmp_path / "broken", chosen, False)
     assert {f"ssl2rl-120 round {k}: policy" for k in range(2)} <= met
@@ -730,6 +743,83 @@ def test_labels_come_from_different_starts_and_draws_in_every_round(run):
     assert all(len({tuple(row) for row in order.tolist()}) == 3 for order in orders)
     starts = [tuple(order[:, 0].tolist()) for order in orders]
     assert len(set(starts)) == NUM_ROUNDS and all(len(set(start)) > 1 for start in starts)
+
+
+# ---- any algorithm -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_by(demo_dir, tmp_path_factory, one_ray) -> Callable[[str], Path]:
+    """A run of one data set by the named algorithm, played where it is first asked for."""
+    folder = tmp_path_factory.mktemp("by")
+
+    def run(algorithm: str) -> Path:
+        path = folder / algorithm
+        chosen = config(demo_dir, **rl(algorithm), **{"loop.methods": "[ssl2rl-120]"})
+        return path if path.exists() else played(path, chosen)
+
+    return run
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("algorithm", [a.name for a in get_args(NavigationAlgorithm)])
+def test_the_loop_plays_with_every_algorithm(run_by, algorithm):
+    run = run_by(algorithm)
+    chosen = RunDirectory.open(run).config
+    assert isinstance(chosen, SSL2RLRunConfig)
+    task = Task.of(chosen)
+    found = summary_of(run)["methods"]["ssl2rl-120"]
+    assert [row["algorithm"] for row in found["rounds"]] == [algorithm] * 2
+    assert found["rounds"][0]["pseudo_labels"]["num_positive"] > 0
+    policies = [run / "f0/supervised-algorithm-120/policy"]
+    policies += [run / "methods/ssl2rl-120/round-01/policy"]
+    assert run / found["recommended"]["policy"] in policies
+    weights = []
+    for folder in policies:
+        opened = RunDirectory.open(folder)
+        assert opened.status == "finished" and opened.policy is not None
+        artefact = Artefact.load(opened.policy)
+        assert artefact.name == algorithm
+        assert artefact.has_values == isinstance(chosen.algorithm, ValueAlgorithm)
+        weights.append(artefact.weights)
+    assert any((weights[0][name] != weights[1][name]).any() for name in weights[0])
+    with np.load(policies[0].parent / "roll_out.npz") as roll:
+        order = roll["visit_order"]
+        assert (np.sort(order, axis=1) == np.arange(len(task.train))).all() and len(order) == 3
+        assert ("value" in roll) == isinstance(chosen.algorithm, ValueAlgorithm)
+
+
+@pytest.mark.ray
+def test_the_report_has_algorithms_side_by_side(run_by, tmp_path):
+    runs = {name: run_by(name) for name in ("dqn", "a2c")}
+    firsts = [summary_of(run)["methods"]["ssl2rl-120"]["rounds"][0] for run in runs.values()]
+    assert firsts[0]["classifier"] == firsts[1]["classifier"]  # f_0 knows nothing of them
+    document = report(list(runs.values()))
+    assert document["navigator"] == "dqn"
+    table = document["tables"]["table4"]
+    assert [row["row"] for row in table["rows"]] == [
+        f"ssl2rl-120/{name}/{kept_by}" for name in runs for kept_by in ("reward", "accuracy")
+    ]
+    for name, run in runs.items():
+        found = summary_of(run)["methods"]["ssl2rl-120"]
+        kept = found["rounds"][found["kept"]["reward"]]
+        (cell,) = (
+            cell
+            for cell in table["cells"]
+            if (cell["row"], cell["quantity"]) == (f"ssl2rl-120/{name}/reward", "return-60")
+        )
+        assert (cell["n"], cell["paper"]) == (1, "not at hand")
+        assert cell["mean"] == pytest.approx(kept["return"]["test"]["60"]["episode_return"])
+    assert any(d["row"] == "ssl2rl-120/a2c/reward" for d in table["differences"])
+    assert "SSL²-RL 120, a2c, kept by reward" in write_report(document, tmp_path).read_text()
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "ppo"])
+def test_q_values_are_of_algorithms_that_learn_them(sample_dir, algorithm):
+    with pytest.raises(
+        ConfigError, match=rf"{algorithm} learns none: .*dqn or rainbow.*ssl2rl-480"
+    ):
+        config(sample_dir, **rl(algorithm), **{"loop.methods": "[fixmatch, q-values]"})
 
 
 # ---- a policy without movement costs -------------------------------------------------------------

@@ -1,12 +1,8 @@
-"""A classifier for sessions that bring predictions and no images: a logistic head on their logit.
+"""How a session without images is learned from: the coefficients of its head (perception.head).
 
-    logit P(low) = a + b_within x_within + b_patch x_patch + b_square x_square + b_grid x_grid
-
-x is the logit that the session brings (CryoRL's mapping of predicted Å, or that of ``p_low_ctf``),
-split by the hierarchy as in ``perception.posterior``, but without random effects: neighbours'
-labels are the posterior's business, as with images. It stands in for the image network, so that
-every other stage of the loop meets a real session. Five coefficients have a unique optimum, which
-Newton's method finds: no seed but that of the folds, no epochs, no learning rate.
+It stands in for the image network, so that every other stage of the loop meets a real session. Five
+coefficients have a unique optimum, which Newton's method finds: no seed but that of the folds, no
+epochs, no learning rate.
 
 Ridge: the coefficients are N(where they begin, (1/2)²) a priori, as slopes of the posterior; f_0
 begins at the prediction taken at its word, f_k at f_(k-1). Over 12 splits of the Aldolase training
@@ -16,92 +12,32 @@ the session, L holes learned from.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import expit, logit
+from scipy.special import expit
 
-from envs.cryoem.calibration import uncalibrated_p
-from envs.cryoem.types import BoolArray, FloatArray, HoleTable, IntArray
+from envs.cryoem.types import BoolArray, FloatArray, IntArray
 from ssl2rl_ray.config import SSL2RLRunConfig
 from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.data.splits import folds, marks
 from ssl2rl_ray.data.text import DataError
+from ssl2rl_ray.perception.head import Head, design_of, given_logit
 from ssl2rl_ray.perception.metrics import fit_temperature
-from ssl2rl_ray.perception.posterior import HierarchicalPosterior, fit_posterior, logit_parts
+from ssl2rl_ray.perception.model import Model
+from ssl2rl_ray.perception.posterior import fit_posterior
 from ssl2rl_ray.perception.sample import Sample, read_pseudo_labels
-from ssl2rl_ray.runs import write_text
+from ssl2rl_ray.schema import to_dict
 
 if TYPE_CHECKING:
     from ssl2rl_ray.loop.stages import Task
 
 _FOLDS = 4  # stream of random numbers of the seed, that of the image classifier's folds
 _AT_ITS_WORD = np.array([0.0, 1.0, 1.0, 1.0, 1.0])  # a, b_within, b_patch, b_square, b_grid
-_LARGEST_LOGIT = 5.0
-_LARGEST_CTF_A = 9.0  # as in ``envs.cryoem.calibration``: worse predictions are all the same
 _PRECISION = 4.0  # of the prior, 1 / (1/2)²
 _MAX_STEPS = 100
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Head:
-    """What ``perception.model.Model`` is to images."""
-
-    coefficients: FloatArray
-    """(5,) a, b_within, b_patch, b_square, b_grid."""
-    temperature: float
-    """The logits are divided by it; 1 = not fitted."""
-    posterior: HierarchicalPosterior | None
-    """Of an f_0 with folds."""
-    cross_fitted: Mapping[str, float]
-    """``data.splits.marks`` of the labels of an f_0 with folds, and the logit of a head that did
-    not see that label; temperature not applied."""
-    labels_seen: frozenset[str]
-    """Marks of all labels learned from."""
-
-    def logits(self, table: HoleTable) -> FloatArray:
-        """(N,) cross-fitted where it saw the label; NaN without a prediction."""
-        x = given_logit(table)
-        out = np.where(np.isfinite(x), self.coefficients @ _design(table, x), np.nan)
-        rows = np.flatnonzero(np.isfinite(table.ctf_max_resolution_A) & np.isfinite(x))
-        own = [self.cross_fitted.get(mark, np.nan) for mark in marks(table, rows)]
-        out[rows] = np.where(np.isnan(own), out[rows], own)
-        return out
-
-    def save(self, folder: Path) -> None:
-        """Writes ``head.json``, whole or not at all."""
-        values = {
-            "coefficients": self.coefficients.tolist(),
-            "temperature": self.temperature,
-            "posterior": None if self.posterior is None else self.posterior.to_json(),
-            "cross_fitted": dict(self.cross_fitted),
-            "labels_seen": sorted(self.labels_seen),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "head.json", json.dumps(values, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Inverse of ``save``; raises ValueError where the folder holds no head."""
-        try:
-            found = json.loads((folder / "head.json").read_text(encoding="utf-8"))
-            posterior = found["posterior"]
-            return cls(
-                coefficients=np.array(found["coefficients"], float).reshape(5),
-                temperature=float(found["temperature"]),
-                posterior=None if posterior is None else HierarchicalPosterior.from_json(posterior),
-                cross_fitted={k: float(v) for k, v in dict(found["cross_fitted"]).items()},
-                labels_seen=frozenset(found["labels_seen"]),
-            )
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{folder / 'head.json'} is missing or damaged ({error}): remove that folder and "
-                "resume the run"
-            ) from error
 
 
 def sample_of(config: SSL2RLRunConfig) -> Sample:
@@ -127,22 +63,6 @@ def sample_of(config: SSL2RLRunConfig) -> Sample:
     return Sample(table=table, images=images, has_image=has_prediction)
 
 
-def given_logit(table: HoleTable) -> FloatArray:
-    """(N,) x, the logit of the predictions that a table brings; NaN without one.
-
-    CryoRL's mapping 6 - Å (at most 9 Å) where there is any predicted Å, else the logit of
-    ``p_low_ctf``, held within 5. Probabilities that are all 0.5 are those of a table without
-    predictions.
-    """
-    predicted = table.predicted_ctf_A
-    if np.isfinite(predicted).any():
-        return logit(uncalibrated_p(np.minimum(predicted, _LARGEST_CTF_A)))
-    if (table.p_low_ctf == 0.5).all():
-        return np.full(len(table), np.nan)
-    with np.errstate(divide="ignore"):  # of p exactly 0 or 1
-        return np.clip(logit(table.p_low_ctf), -_LARGEST_LOGIT, _LARGEST_LOGIT)
-
-
 def pretrain(task: Task, folder: Path, *, has_all_labels: bool) -> Path:
     """f_0: the given prediction, calibrated on the labelled holes; written once.
 
@@ -151,13 +71,13 @@ def pretrain(task: Task, folder: Path, *, has_all_labels: bool) -> Path:
 
     Args:
         task: the run's.
-        folder: of ``head.json``.
+        folder: of the model.
         has_all_labels: learns from every labelled hole of the training squares.
 
     Raises:
         ValueError: more folds than labels.
     """
-    if (folder / "head.json").exists():
+    if (folder / "model.json").exists():
         return folder
     table, config = task.table, task.config
     rows = np.flatnonzero(task.is_labelled)
@@ -169,7 +89,7 @@ def pretrain(task: Task, folder: Path, *, has_all_labels: bool) -> Path:
             f"pretraining.num_folds: {num_folds} parts of {len(rows)} labelled holes; lower it, "
             "set it to 0, or raise data.labelled_fraction"
         )
-    design = _design(table, given_logit(table))
+    design = design_of(table, given_logit(table))
 
     def fit(learned: IntArray) -> FloatArray:
         weight = np.full(len(learned), 1 / len(learned))
@@ -183,13 +103,17 @@ def pretrain(task: Task, folder: Path, *, has_all_labels: bool) -> Path:
         out[part] = fit(np.setdiff1d(rows, part)) @ design[:, part]
     is_known = np.isin(np.arange(len(table)), rows)
     learned = marks(table, rows)
-    Head(
-        coefficients=coefficients,
+    judged = np.union1d(task.split.validation, task.split.known)
+    Model(
+        classifier=Head(coefficients),
         temperature=fit_temperature(out[rows], is_low[rows]) if num_folds else 1.0,
         posterior=fit_posterior(table, out, is_low, is_known) if num_folds else None,
-        cross_fitted=dict(zip(learned, out[rows].tolist(), strict=True)) if num_folds else {},
+        low_ctf_threshold_A=config.data.low_ctf_threshold_A,
+        cross_fitted=dict(zip(learned, out[rows].tolist(), strict=True)),
         labels_seen=frozenset(learned),
-    ).save(folder)
+        validation_marks=frozenset(marks(table, judged)),
+        notes={"config": to_dict(config), "trained_on": table.content_hash},
+    ).save_new(folder)
     return folder
 
 
@@ -204,15 +128,16 @@ def finetune(task: Task, initial: Path, labels: Path | None, folder: Path) -> Pa
         task: the run's.
         initial: folder of f_(k-1).
         labels: file of pseudo labels; None: learns from the labelled holes only.
-        folder: of ``head.json``.
+        folder: of the model.
 
     Raises:
         DataError: as ``read_pseudo_labels``.
-        ValueError: no head in ``initial``.
+        ValueError: no model of a head in ``initial``.
     """
-    if (folder / "head.json").exists():
+    if (folder / "model.json").exists():
         return folder
-    table, begun = task.table, Head.load(initial)
+    table, begun = task.table, Model.load(initial)
+    assert isinstance(begun.classifier, Head)
     known = np.flatnonzero(task.is_labelled)
     rows, is_low = known, (task.truth == 1)[known]
     weight = np.full(len(known), 1 / len(known))
@@ -224,14 +149,17 @@ def finetune(task: Task, initial: Path, labels: Path | None, folder: Path) -> Pa
         share = confidence[pseudo] / confidence[pseudo].sum()
         rows, is_low = np.r_[known, pseudo], np.r_[is_low, label[pseudo] == 1]
         weight = np.r_[weight, task.config.finetuning.unsupervised_weight * share]
-    design = _design(table, given_logit(table))[:, rows]
-    Head(
-        coefficients=fit_ridge(design, is_low, weight, begun.coefficients, _PRECISION / len(known)),
+    design, begin = design_of(table, given_logit(table)), begun.classifier.coefficients
+    tuned = Head(fit_ridge(design[:, rows], is_low, weight, begin, _PRECISION / len(known)))
+    learned = marks(table, known)
+    dataclasses.replace(
+        begun,
+        classifier=tuned,
         temperature=1.0,
         posterior=None,
-        cross_fitted={},
-        labels_seen=begun.labels_seen | frozenset(marks(table, known)),
-    ).save(folder)
+        cross_fitted=dict(zip(learned, (tuned.coefficients @ design)[known].tolist(), strict=True)),
+        labels_seen=begun.labels_seen | frozenset(learned),
+    ).save_new(folder)
     return folder
 
 
@@ -269,8 +197,3 @@ def fit_ridge(
         beta = beta - size * step
         value = objective(beta)
     return beta
-
-
-def _design(table: HoleTable, x: FloatArray) -> FloatArray:
-    """(5, N) ones and the parts of x within patch, of patch, square and grid."""
-    return np.vstack([np.ones(len(table)), logit_parts(table, x)])

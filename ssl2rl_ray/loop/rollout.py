@@ -66,7 +66,7 @@ class RollOut:
     """(M, N) int32: each row a permutation of the holes, the start first."""
     value: FloatArray | None
     """(M, N) float32 by row of the table: the action value at which each hole was visited; the
-    start hole's is NaN. None where a policy has no values (planners)."""
+    start hole's is NaN. None of policies without values (planners, actor-critics)."""
     num_switches: IntArray
     """(M, 4) int64 moves by ``Switch``."""
 
@@ -127,7 +127,6 @@ def roll_out_all(
     value = np.full((num_rollouts, num_holes), np.nan, np.float32)
     parents = [ids[0] for ids in (stack.grid_id, stack.square_id, stack.patch_id)]
     player = np.arange(num_rollouts) % len(policies)
-    has_values = all(isinstance(policy, DecidesRuns) for policy in policies)
     back = np.arange(1, rules.num_past_steps + 1)
 
     while (is_running := num_visited < num_holes).any():
@@ -159,7 +158,7 @@ def roll_out_all(
             on_step(float(num_visited.min() / num_holes))
     return RollOut(
         visit_order=visit_order,
-        value=value if has_values else None,
+        value=None if np.isnan(value).all() else value,
         num_switches=num_switches,
     )
 

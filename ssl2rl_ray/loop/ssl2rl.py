@@ -90,7 +90,7 @@ def ssl2rl(
         ``kept`` by the selection squares, why it ``stopped`` early, and what is ``recommended``:
         the folders, in the run, of classifier and policy of the round that ``loop.selection`` keeps
         (the policy's is None where a planner navigates), and ``model``, that classifier with the
-        temperature and the posterior that the loop judged it with (None of a head).
+        temperature and the posterior that the loop judged it with.
 
     Raises:
         ValueError: settings (``config.check``) or data that do not go together, by name.
@@ -173,11 +173,8 @@ def _play_method(
                 break
     kept = {criterion: kept_round(rounds, criterion, task, method) for criterion in CRITERIA}
     recommended = _recommended(task, name, kept[loop.selection])
-    if recommended["model"] is not None:
-        first, chosen = pretraining_of(task, method), recommended["classifier"]
-        write_model(
-            task, run.path / "f0" / first, run.path / chosen, run.path / recommended["model"]
-        )
+    first = run.path / "f0" / pretraining_of(task, method)
+    write_model(task, first, run.path / recommended["classifier"], run.path / recommended["model"])
     return {
         "rounds": rounds,
         "kept": kept,
@@ -198,7 +195,7 @@ def _recommended(task: Task, name: str, k: int) -> dict[str, Any]:
     return {
         "round": k,
         "classifier": f"{here}/classifier" if k else f"f0/{pretraining_of(task, method)}",
-        "model": None if task.images is None else f"methods/{name}/model",
+        "model": f"methods/{name}/model",
         "policy": policy if is_trained(task.config.loop, method) else None,
     }
 

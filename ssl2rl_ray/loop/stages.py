@@ -41,7 +41,6 @@ from ssl2rl_ray.data.splits import split_by_square
 from ssl2rl_ray.evaluate import roll_out
 from ssl2rl_ray.loop import head
 from ssl2rl_ray.loop.diagnostics import mean_entropy
-from ssl2rl_ray.loop.head import Head
 from ssl2rl_ray.loop.pseudo_labels import PseudoLabels
 from ssl2rl_ray.loop.rollout import RollOut, roll_out_all
 from ssl2rl_ray.perception.metrics import classifier_metrics
@@ -280,26 +279,19 @@ def believe(task: Task, first: Path, classifier: Path) -> Belief:
     holes and then trusted as f_0's are, and at labelled holes f_0's cross-fitted ones stay. The
     posterior of the training squares is f_0's in every round: f_k has learned from labels there.
     """
-    begun = _model_of(task, first)
+    begun = model_of_run(first)
     begun_logit = raw = _logits(task, begun)
     if classifier != first:
-        raw = _logits(task, _model_of(task, classifier))
+        raw = _logits(task, model_of_run(classifier))
     return belief_of(task, begun, begun_logit, raw)
 
 
-def _model_of(task: Task, folder: Path) -> Model | Head:
-    return Head.load(folder) if task.images is None else model_of_run(folder)
-
-
-def _logits(task: Task, model: Model | Head) -> FloatArray:
+def _logits(task: Task, model: Model) -> FloatArray:
     """(N,) cross-fitted where the model saw the label; NaN without image (or prediction)."""
-    if isinstance(model, Head):
-        return model.logits(task.table)
-    assert task.images is not None
     return model.logits(task.table, task.images, task.has_image)
 
 
-def belief_of(task: Task, begun: Model | Head, begun_logit: FloatArray, raw: FloatArray) -> Belief:
+def belief_of(task: Task, begun: Model, begun_logit: FloatArray, raw: FloatArray) -> Belief:
     """``believe`` from logits (N,)."""
     p_classifier = expit(_filled(raw) / begun.temperature)
     if begun.posterior is None:
@@ -326,7 +318,7 @@ def belief_of(task: Task, begun: Model | Head, begun_logit: FloatArray, raw: Flo
 
 
 def _matching(
-    task: Task, begun: Model | Head, begun_logit: FloatArray, raw: FloatArray
+    task: Task, begun: Model, begun_logit: FloatArray, raw: FloatArray
 ) -> tuple[BoolArray, float, float]:
     """(N,) whose labels f_0 learned from; offset and scale that bring ``raw`` to f_0's logits."""
     is_learned = np.isin(np.arange(len(task.table)), task.train) & task.has_image
@@ -362,16 +354,11 @@ def whole_system(task: Task, first: Path, classifier: Path) -> Model:
 
 def write_model(task: Task, first: Path, classifier: Path, folder: Path) -> None:
     """``whole_system`` as a folder that ``ssl2rl predict`` takes, whole or not at all; once."""
-    if folder.exists() or task.images is None:
-        return
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    whole_system(task, first, classifier).save(partial)
-    partial.replace(folder)
+    if not folder.exists():
+        whole_system(task, first, classifier).save_new(folder)
 
 
-def _learned(task: Task, model: Model | Head) -> NDArray[np.str_]:
+def _learned(task: Task, model: Model) -> NDArray[np.str_]:
     """Names of the holes whose labels the model learned from."""
     from ssl2rl_ray.data.splits import marks
 

@@ -5,6 +5,8 @@ minutes. Shape letters: B batch, H and W pixels.
 
 model.safetensors   the weights
 model.json          what they expect: network, image size, dropout
+
+Of a head on given predictions (``perception.head``) the second file is all.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from ssl2rl_ray.perception.head import Head
 
 NetworkName = Literal["cnn", "resnet18"]
 
@@ -132,11 +136,12 @@ def _resnet18(image_size_px: int, dropout: float) -> nn.Module:
     return network
 
 
-def save_classifier(classifier: Classifier, folder: Path, notes: dict[str, Any]) -> None:
+def save_classifier(classifier: Classifier | Head, folder: Path, notes: dict[str, Any]) -> None:
     """Writes both files into a folder that exists; ``notes`` (JSON) are kept with them."""
-    weights = {k: v.detach().cpu().contiguous() for k, v in classifier.state_dict().items()}
-    # not `save_file`: it makes a file that nobody but its owner may read
-    (folder / "model.safetensors").write_bytes(save(weights))
+    if isinstance(classifier, Classifier):
+        weights = {k: v.detach().cpu().contiguous() for k, v in classifier.state_dict().items()}
+        # not `save_file`: it makes a file that nobody but its owner may read
+        (folder / "model.safetensors").write_bytes(save(weights))
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -146,7 +151,7 @@ def save_classifier(classifier: Classifier, folder: Path, notes: dict[str, Any])
     (folder / "model.json").write_text(json.dumps(description, indent=1, allow_nan=False) + "\n")
 
 
-def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
+def load_classifier(folder: Path) -> tuple[Classifier | Head, dict[str, Any]]:
     """The classifier, ready to predict, and its description with the notes.
 
     Raises ClassifierError where the folder holds none, a newer one, or a damaged one.
@@ -166,6 +171,8 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
             "update ssl2rl-ray"
         )
     try:
+        if description["network"] == "head":
+            return Head.from_description(description), description
         classifier = make_classifier(
             description["network"], description["image_size_px"], description["dropout"]
         )

@@ -23,6 +23,7 @@ from ssl2rl_ray.config import PerceptionRunConfig
 from ssl2rl_ray.data.splits import folds, marks
 from ssl2rl_ray.perception.classifier import Classifier, make_classifier
 from ssl2rl_ray.perception.fit import Fit
+from ssl2rl_ray.perception.head import Head
 from ssl2rl_ray.perception.metrics import classifier_metrics, fit_temperature
 from ssl2rl_ray.perception.model import Model, Prediction, model_of_run
 from ssl2rl_ray.perception.posterior import fit_posterior
@@ -59,6 +60,11 @@ def _initial_weights(
         return None
     model = model_of_run(asked.initial)
     found = model.classifier
+    if isinstance(found, Head):
+        raise ValueError(
+            f"classifier.initial: {asked.initial} is a head on given predictions, not a network "
+            "that looks at images; name a run of kind perception"
+        )
     if (found.name, found.dropout) != (asked.network, asked.dropout):
         raise ValueError(
             f"classifier.initial: {asked.initial} holds a {found.name} with dropout "

@@ -1,14 +1,16 @@
 """A trained perception model as a folder: images and known labels in, ``p_low_ctf`` out.
 
 Classifier, temperature and hierarchical posterior, with the cross-fitted logits of the labels that
-it learned from: on its own session, those holes are judged by classifiers that never saw them.
-Torch without Ray. Shape letters: N holes, H and W pixels.
+it learned from: on its own session, those holes are judged by classifiers that never saw them. Of
+sessions without images the classifier is a head on the predictions that they bring. Torch without
+Ray. Shape letters: N holes, H and W pixels.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from ssl2rl_ray.perception.classifier import (
     predict_logits,
     save_classifier,
 )
+from ssl2rl_ray.perception.head import Head, given_logit
 from ssl2rl_ray.perception.posterior import HierarchicalPosterior
 from ssl2rl_ray.runs import RunDirectory
 
@@ -40,9 +43,9 @@ class Prediction:
     """What a model says of each hole of a session."""
 
     logit: FloatArray
-    """(N,) of the classifier, over the temperature; NaN = no image."""
+    """(N,) of the classifier, over the temperature; NaN = no image (of a head: no prediction)."""
     p_classifier: FloatArray
-    """(N,) sigmoid of it; NaN = no image."""
+    """(N,) sigmoid of it; NaN likewise."""
     p_marginal: FloatArray
     """(N,) of the hierarchical posterior before any label of the session is known."""
     p_low_ctf: FloatArray
@@ -57,7 +60,7 @@ class Prediction:
 class Model:
     """All that predicting needs."""
 
-    classifier: Classifier
+    classifier: Classifier | Head
     temperature: float
     """The logits are divided by it (Guo et al. 2017, arXiv:1706.04599); 1 = not fitted."""
     posterior: HierarchicalPosterior | None
@@ -75,7 +78,7 @@ class Model:
     """Where it comes from (JSON)."""
 
     def save(self, folder: Path) -> None:
-        """Writes ``model.safetensors`` and ``model.json`` into a folder that exists."""
+        """Writes ``model.json`` and, of a network, ``model.safetensors`` into a folder."""
         notes = {
             "temperature": self.temperature,
             "posterior": None if self.posterior is None else self.posterior.to_json(),
@@ -86,6 +89,14 @@ class Model:
             "notes": dict(self.notes),
         }
         save_classifier(self.classifier, folder, notes)
+
+    def save_new(self, folder: Path) -> None:
+        """``save`` into a folder that there was not: whole or not at all."""
+        partial = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self.save(partial)
+        partial.replace(folder)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -112,15 +123,31 @@ class Model:
     def logits(
         self,
         table: HoleTable,
-        images: NDArray[np.uint8],
-        has_image: BoolArray,
+        images: NDArray[np.uint8] | None,
+        has_image: BoolArray | None,
         *,
         on_step: Callable[[str, float], None] | None = None,
     ) -> FloatArray:
         """(N,) of the classifier, cross-fitted where it saw the label; NaN without an image.
 
-        Raises ValueError where the images have another size than the classifier's.
+        A head reads the table's predictions instead, and no images.
+
+        Raises:
+            ValueError: no images, or of another size than the classifier's; for a head: no
+                predictions. It says how to import them.
         """
+        if isinstance(self.classifier, Head):
+            if np.isnan(given_logit(table)).all():
+                raise ValueError(
+                    "the session has no predictions, and the classifier is a head on them: "
+                    "import it again with --predictions FILE"
+                )
+            return self.with_cross_fitted(table, self.classifier.logits(table))
+        if images is None or has_image is None or not has_image.any():
+            raise ValueError(
+                "the session has no images, and the classifier looks at them: import it again with "
+                "--images DIR"
+            )
         size = self.classifier.image_size_px
         if images.shape[1:] != (size, size):
             raise ValueError(

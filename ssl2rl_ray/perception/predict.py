@@ -16,6 +16,7 @@ from envs.cryoem.types import BoolArray
 from ssl2rl_ray.data.folder import Dataset, check_target, read_dataset, write_dataset
 from ssl2rl_ray.data.splits import marks
 from ssl2rl_ray.data.text import DataError
+from ssl2rl_ray.perception.classifier import Classifier
 from ssl2rl_ray.perception.metrics import classifier_metrics
 from ssl2rl_ray.perception.model import Model, Prediction, model_of_run
 from ssl2rl_ray.stats import or_none
@@ -39,11 +40,12 @@ def predict(
     (a hole's own label never enters its own); ``p_marginal`` of the same before any label is
     known, for planners that learn from labels themselves; ``p_classifier`` and ``logit`` (over the
     temperature) of the image alone, null without an image; ``is_known``; ``is_seen`` (the
-    classifier learned from its label).
+    classifier learned from its label). Of a head, the prediction that a hole brings stands in for
+    its image.
 
     Args:
-        run: run directory of kind perception, or its ``model`` folder.
-        data: dataset folder with images.
+        run: run directory of kind perception, or its ``model`` folder, or one of the loop's.
+        data: dataset folder with images; for a head, with predictions.
         out: the parquet file.
         labels: whose labels tell about their neighbours: all of ``data``, those of them that the
             run learned from, or none.
@@ -53,23 +55,25 @@ def predict(
         on_step: told ``("predicting", share)``.
 
     Returns:
-        Counts, notes, and ``classifier_metrics`` of classifier and posterior on the labelled holes
+        Counts (``num_inputs``: holes with an ``input``, "an image" or, of a head, "a prediction"),
+        notes, and ``classifier_metrics`` of classifier and posterior on the labelled holes
         that the run neither learned from nor validated on.
 
     Raises:
-        ValueError: no model, no dataset, no images, or images of another size.
+        ValueError: no model, no dataset, no images (or predictions), or of another size.
     """
     if Path(out).resolve().parent == Path(data).resolve():
         raise DataError(f"{out} lies in the dataset folder {data}: choose another place")
     if dataset is not None:
         check_target(Path(dataset), force)
     model, session = model_of_run(run), read_dataset(data)
-    table, images, has_image = session.table, session.images, session.has_image
-    if images is None or has_image is None or not has_image.any():
-        raise DataError(f"{data} has no images: import the session again with --images DIR")
-    if torch.cuda.is_available():
-        model.classifier.to("cuda")
-    logit = model.logits(table, images, has_image, on_step=on_step)
+    table, classifier = session.table, model.classifier
+    if isinstance(classifier, Classifier) and torch.cuda.is_available():
+        classifier.to("cuda")
+    try:
+        logit = model.logits(table, session.images, session.has_image, on_step=on_step)
+    except ValueError as error:
+        raise DataError(f"{data}: {error}") from error
     predicted = model.predict(table, logit, _known(labels, model, session))
     judged = _judged(model, session, predicted)
     _write(Path(out), session, predicted)
@@ -86,7 +90,8 @@ def predict(
         notes.append("the run learned from no label of this session: none tells about neighbours")
     return {
         "num_holes": len(table),
-        "num_images": int(has_image.sum()),
+        "input": "an image" if isinstance(classifier, Classifier) else "a prediction",
+        "num_inputs": int(np.isfinite(logit).sum()),
         "num_known": int(predicted.is_known.sum()),
         "num_seen": num_seen,
         "labels": labels,
@@ -174,7 +179,7 @@ def _write_dataset(
         },
         calibration=None if calibration is None else calibration.to_json(),
         images=session.images,
-        has_image=session.has_image,
+        has_image=None if session.images is None else session.has_image,
         acquired=session.acquired,
         force=force,
     )
