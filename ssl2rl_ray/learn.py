@@ -90,6 +90,7 @@ def learn(config: Any, run: RunDirectory, algorithm: Any, task: Task) -> Row:
 _TOLD = {
     "total_loss": "loss",
     "q_mean": "q_mean",
+    "support_ends": "support_ends",
     "policy_loss": "policy_loss",
     "vf_loss": "value_loss",
     "vf_explained_var": "value_explained",

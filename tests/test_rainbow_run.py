@@ -1,5 +1,6 @@
 """Rainbow on RLlib: each part on and off, learning, masks, files, actions without Ray."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from envs.cryoem.stack import SessionStack, unpack_visited
 from envs.cryoem.synthetic import draw_session
 from envs.crystfel.env import num_features
 from envs.crystfel.types import TuningConfig
-from ssl2rl_ray.algorithms.networks import CandidateNetwork, VectorNetwork
+from ssl2rl_ray.algorithms.networks import CandidateNetwork, VectorNetwork, make_network
 from ssl2rl_ray.algorithms.noisy import NoisyLinear
 from ssl2rl_ray.algorithms.policy import Artefact
 from ssl2rl_ray.config import (
@@ -216,6 +217,35 @@ def test_a_forbidden_action_is_never_chosen(variant):
     assert num > 100_000
 
 
+@pytest.mark.parametrize("action_level", ["hole", "patch"])
+def test_a_visited_hole_is_never_chosen(action_level):
+    config = run_config("paper")
+    rules = dataclasses.replace(navigation_config(config.env), action_level=action_level)
+    stack = SessionStack.of([draw_session(np.random.default_rng(5)) for _ in range(2)], rules)
+    env = CryoEMVectorEnv(stack, rules, 64)
+    module = rainbow.RainbowModule(
+        observation_space=env.single_observation_space,
+        action_space=env.single_action_space,
+        model_config={
+            "make_network": lambda: make_network(
+                rules, stack, support=(0.0, 5.0, 11), initial_noise=2.0
+            ),
+            "epsilon": (0.5, 0.5, 1),
+        },
+    )
+    observation, _ = env.reset(seed=3)
+    has_ended, at = np.zeros(64, bool), np.arange(64)
+    for step in range(40):
+        forward = module.forward_exploration if step % 2 else module.forward_inference
+        batch = {Columns.OBS: {key: torch.as_tensor(v) for key, v in observation.items()}}
+        before = unpack_visited(env.compact_observation(), stack.shape.num_holes)
+        action = forward(batch)[Columns.ACTIONS].numpy()
+        observation, _, terminated, _, _ = env.step(action)
+        hole = env.compact_observation()["recent"][:, 0]
+        assert not before[at, hole][~has_ended].any()
+        has_ended = terminated
+
+
 def test_a_state_with_nothing_left_is_worth_nothing():
     module = module_of()
     batch = batch_of()
@@ -239,6 +269,7 @@ def test_it_learns_to_take_the_row_that_pays(variant):
         assert algorithm.mean_return > 6.2  # by chance 5; always the best 7.3, noise apart
         learner = result["learners"]["default_policy"]
         assert np.isfinite(learner["loss"])
+        assert ("support_ends" in learner) == variant.get("is_distributional", True)
         replay = algorithm.replay
         drawn = replay.priority[replay.is_start]
         assert drawn.std() > 0  # priorities came back from the learner

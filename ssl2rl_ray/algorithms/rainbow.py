@@ -12,7 +12,9 @@ noisy layers        noisy.py: drawn at every step of exploration, and for each p
 ==================  ============================================================================
 
 The loop, the runners and the replay are DQN's (dqn.py); what differs is how actions are explored
-and how a batch becomes a loss. Shape letters: B batch, A actions, Z outputs (networks.py).
+and how a batch becomes a loss. One draw of noise serves all episodes that a vector step moves, and
+all rows of a batch, as in Fortunato et al.'s DQN.
+Shape letters: B batch, A actions, Z outputs (networks.py).
 """
 
 # RLlib's annotations say None where a built object has a value, and more of the kind:
@@ -117,6 +119,10 @@ class RainbowLearner(dqn.DQNLearner):
             target = categorical_target(reward, discount, offset_t, outputs_t, offset_tm1, support)
             surprise = kl_divergence(outputs_tm1.detach(), target)
             loss = (batch["weight"] * cross_entropy(outputs_tm1, target)).mean()
+            # Share of the targets on the first and last atom: much of it, and the support is too
+            # narrow, unless returns do end there.
+            ends = (target[:, 0] + target[:, -1]).mean()
+            self.metrics.log_value((module_id, "support_ends"), ends, window=1)
         if config.recipe.is_prioritized:
             self.metrics.log_value(
                 (module_id, TD_ERROR_KEY), surprise.detach(), reduce="item_series"
