@@ -606,12 +606,33 @@ def test_cell_of_a_pdb_file() -> None:
         ("be = 90.00 deg\nga = 90.00", "be = 170 deg\nga = 10", r"cannot make a cell"),
         ("tetragonal", "tetragon", r"cell:3: 'tetragon' is not known, did you mean tetragonal"),
         ("centering = P", "centering = Q", r"cell:4: centering 'Q'"),
+        ("unique_axis = c\n", "", r"cell: no unique_axis, which a tetragonal cell has"),
         ("unique_axis", "unique", r"cell:5: 'unique' is not known, did you mean unique_axis"),
     ],
 )
 def test_what_is_wrong_with_a_cell_is_said(old: str, new: str, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         parse_cell(CELL.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("centering", "allowed"),
+    [
+        ("P", [1, 1, 1, 1, 1, 1]),
+        ("R", [1, 1, 1, 1, 1, 1]),
+        ("A", [0, 0, 1, 1, 1, 0]),
+        ("B", [0, 1, 0, 1, 1, 0]),
+        ("C", [1, 0, 0, 1, 1, 1]),
+        ("I", [0, 1, 1, 0, 1, 1]),
+        ("F", [0, 0, 0, 1, 1, 0]),
+        ("H", [0, 1, 0, 0, 0, 0]),
+    ],
+)
+def test_which_reflections_a_centering_allows(centering: str, allowed: list[int]) -> None:
+    """Of the six -h + k + l is 1, 0, 2, 1, 2 and 2."""
+    cell = UnitCell(a_A=10, b_A=10, c_A=10, centering=centering)
+    hkl = [(0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1), (0, 0, 2), (1, 1, 2)]
+    assert cell.allows(hkl).tolist() == [bool(flag) for flag in allowed]
 
 
 def test_reciprocal_basis_by_hand() -> None:

@@ -1,5 +1,6 @@
 """Known-cell indexer: finds what is there, whatever the cell, and never what is not."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -66,6 +67,7 @@ def pattern(cell, rng, num_spots, sigma_px=0.4):
     length = np.linalg.norm(q, axis=1)
     strength = np.exp(-10 * length**2 - (off_sphere / 8e-4) ** 2) * rng.exponential(size=len(q))
     strength[(length > 0.5) | (length == 0) | (off_sphere > 1.5e-3)] = 0
+    strength[~cell.cell.allows(hkl)] = 0
     chosen = np.argsort(-strength)[:num_spots]
     chosen = chosen[strength[chosen] > 0]
     xy = ray[chosen, :2] / ray[chosen, 2:] * DISTANCE_M / PIXEL_M
@@ -90,6 +92,23 @@ def test_finds_the_orientation_among_junk(name):
         assert crystal.is_indexed[: len(spots)].mean() > 0.95
         assert crystal.is_indexed[len(spots) :].mean() < 0.5
         assert crystal.log10_p < -20
+
+
+@pytest.mark.parametrize("centering", ["C", "I", "F"])
+def test_the_centering_is_that_of_the_crystal(centering):
+    """A centred crystal is found as what it is; a primitive one is not taken for it."""
+    known = dataclasses.replace(CELLS["orthorhombic"], centering=centering)
+    centred, primitive = KnownCell(known), KNOWN["orthorhombic"]
+    num_taken = 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        spots, basis = pattern(centred, rng, 60)
+        crystal = index_peaks(to_q(np.concatenate([spots, junk(rng, 15)])), centred)
+        assert crystal is not None, seed
+        assert misorientation_deg(crystal.basis_A, basis, centred) < 0.5
+        spots, _ = pattern(primitive, rng, 60)
+        num_taken += index_peaks(to_q(spots), centred) is not None
+    assert num_taken == 0
 
 
 def test_no_crystal_in_junk():
@@ -264,6 +283,7 @@ def test_a_long_thin_cell_is_turned_in_parts():
         ({"log10_p": np.array([-5.9])}, False),
         ({"log10_p_axis": np.array([[-9.0], [-2.9], [-9.0]])}, False),
         ({"explained": np.array([0.38])}, False),
+        ({"lawful": np.array([0.74])}, False),
         ({"is_alike": np.array([False])}, False),
     ],
 )
@@ -273,6 +293,7 @@ def test_what_a_lattice_must_have_to_be_believed(changes, is_believed):
         "log10_p": np.array([-6.1]),
         "log10_p_axis": np.array([[-9.0], [-3.1], [-9.0]]),
         "explained": np.array([0.4]),
+        "lawful": np.array([0.76]),
         "is_alike": np.array([True]),
     }
     assert Candidates(**(enough | changes)).is_believed.tolist() == [is_believed]

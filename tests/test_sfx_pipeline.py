@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import random
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from envs.crystfel.experiment import TRUTH_FILE, read_experiment
-from envs.crystfel.indexer import IndexerError, Memo
+from envs.crystfel.indexer import IndexerError, Memo, _read
 from envs.crystfel.sfx import peaks, pipeline
 from envs.crystfel.sfx.formats import read_image
 from envs.crystfel.sfx.index import KnownCell, misorientation_deg
@@ -319,6 +320,22 @@ def test_a_damaged_memo_is_worked_out_again(tmp_path, damage):
     assert same(memo.run(Parameters(), frames), first)
     assert same(memo.run(Parameters(), frames), first)
     assert counting.calls == 2
+
+
+def test_whatever_byte_is_changed_it_is_the_result_or_none(tmp_path):
+    memo = Memo(Counting(), tmp_path)
+    result = memo.run(Parameters(), [Frame(path="/a.h5", event=f"//{i}") for i in range(6)])
+    (path,) = tmp_path.iterdir()
+    whole, rng, num_read = path.read_bytes(), random.Random(1), 0
+    for _ in range(1500):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 3))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data[: rng.choice((len(data), len(data), rng.randrange(len(data))))])
+        found = _read(path)
+        num_read += found is not None
+        assert found is None or same(found, result)
+    assert 0 < num_read < 500
 
 
 def test_what_is_remembered_is_as_readable_as_any_file(tmp_path):

@@ -116,7 +116,9 @@ def read_whole(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile):
+        return None
+    except RuntimeError:  # by its flags encrypted, or packed in a way that nobody does
         return None
 
 

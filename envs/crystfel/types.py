@@ -207,6 +207,16 @@ class UnitCell:
             [self.a_A, self.b_A, self.c_A, self.alpha_deg, self.beta_deg, self.gamma_deg]
         )
 
+    def allows(self, hkl: Any) -> BoolArray:
+        """(...) which reflections (..., 3) the centering allows (H: hexagonal axes, obverse)."""
+        h, k, l = np.moveaxis(np.asarray(hkl), -1, 0)  # noqa: E741
+        if self.centering == "F":
+            return ((h + k) % 2 == 0) & ((k + l) % 2 == 0)
+        if self.centering == "H":
+            return (-h + k + l) % 3 == 0
+        sums = {"A": k + l, "B": h + l, "C": h + k, "I": h + k + l}
+        return sums.get(self.centering, np.zeros_like(h)) % 2 == 0
+
     def reciprocal_per_A(self) -> FloatArray:
         """(3, 3) rows a*, b*, c* in 1/Å (no 2 pi); a lies along x and b in the xy plane.
 

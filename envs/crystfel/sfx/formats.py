@@ -865,6 +865,8 @@ def parse_cell(text: str, source: str = "cell") -> UnitCell:
     axis = values["unique_axis"].text if "unique_axis" in values else "*"
     if axis not in ("a", "b", "c", "*", "?"):
         raise FormatError(f"{values['unique_axis'].at}: the unique axis is a, b, c or *")
+    if axis in "*?" and lattice in ("monoclinic", "tetragonal", "hexagonal"):
+        raise FormatError(f"{source}: no unique_axis, which a {lattice} cell has: a, b or c")
     return _checked_cell(numbers, lattice, centering, axis, values["a"].at)
 
 

@@ -9,7 +9,8 @@ A fit alone proves nothing: with enough orientations to choose from, some lattic
 half of any set of points. A lattice is therefore believed only where the number of peaks close to
 it is significant against peaks that lie anywhere (binomial, corrected for the orientations tried),
 along each axis on its own, where it explains a good part of them, and where its cell is the known
-one, of the same symmetry. An agent that is rewarded for indexed frames would find any gap here.
+one, of the same symmetry and centering. An agent that is rewarded for indexed frames would find any
+gap here.
 
 Where the assumed beam centre is off, all scattering vectors are, by the same amount: the lattice
 misses the origin. So each axis has an offset, q . t - offset is whole, and rows of four are
@@ -46,6 +47,8 @@ MIN_EXPLAINED = 0.39
 """Share of the peaks within ``EXPLAINED_WITHIN`` of the lattice."""
 EXPLAINED_WITHIN = 0.25
 """Of a lattice spacing, along each axis."""
+MIN_LAWFUL = 0.75
+"""Share of those that the centering of the cell allows. A crystal without it has half or less."""
 MAX_LOG10_P = -6.0
 """Of the whole lattice: one in a million blank hits, were peaks to lie anywhere."""
 MAX_LOG10_P_AXIS = -3.0
@@ -112,6 +115,8 @@ class Candidates:
     """(3, M) see ``significance``."""
     explained: FloatArray
     """(M,) share of the peaks within ``EXPLAINED_WITHIN``."""
+    lawful: FloatArray
+    """(M,) share of these that the centering allows."""
     is_alike: BoolArray
     """(M,) the cell is the known one within the tolerances."""
 
@@ -122,6 +127,7 @@ class Candidates:
             (self.log10_p <= MAX_LOG10_P)
             & (self.log10_p_axis.max(axis=0, initial=-np.inf) <= MAX_LOG10_P_AXIS)
             & (self.explained >= MIN_EXPLAINED)
+            & (self.lawful >= MIN_LAWFUL)
             & self.is_alike
         )
 
@@ -176,6 +182,7 @@ def candidates(q_per_A: FloatArray, cell: KnownCell) -> Candidates:
             log10_p=none,
             log10_p_axis=np.zeros((3, 0)),
             explained=none,
+            lawful=none,
             is_alike=none > 0,
         )
     lattices = _refine(lattices, q1, cell)
@@ -185,12 +192,15 @@ def candidates(q_per_A: FloatArray, cell: KnownCell) -> Candidates:
     log10_p, log10_p_axis = significance(away, width)
     is_close = away.max(axis=0) < EXPLAINED_WITHIN
     bases = _fit(lattices[:, :, :3], whole, is_close, q, _pairs(q), cell)
-    _, away = _orders(bases, q)
+    whole, away = _orders(bases, q)
+    is_close = away.max(axis=0) < EXPLAINED_WITHIN
+    is_lawful = is_close & cell.cell.allows(np.moveaxis(whole, 0, -1))
     return Candidates(
         bases_A=bases,
         log10_p=log10_p,
         log10_p_axis=log10_p_axis,
-        explained=(away.max(axis=0) < EXPLAINED_WITHIN).mean(axis=1),
+        explained=is_close.mean(axis=1),
+        lawful=is_lawful.sum(axis=1) / np.maximum(is_close.sum(axis=1), 1),
         is_alike=cell.is_alike(bases),
     )
 

@@ -39,7 +39,7 @@ from envs.crystfel.sfx.spots import mean_offsets, spot_offsets
 from envs.crystfel.sfx.stream import Stream, StreamChunk, crystal_of, stream_peaks, write_stream
 from envs.crystfel.types import BoolArray, FloatArray, Frame, IndexingResult, IntArray, Parameters
 
-VERSION = "embedded 8"
+VERSION = "embedded 9"
 """Goes up with every change that changes results: memos and kept peaks of older ones are unread."""
 
 _OF_PEAKS = (

@@ -345,15 +345,9 @@ def _reflections(preset: Preset) -> IntArray:
 
 
 def _absent(hkl: IntArray, cell: UnitCell) -> BoolArray:
+    if cell.centering != "P" or cell.lattice_type != "tetragonal":
+        return ~cell.allows(hkl)
     h, k, l = hkl.T  # noqa: E741
-    if cell.centering == "I":
-        return (h + k + l) % 2 != 0
-    if cell.centering == "F":
-        return ((h + k) % 2 != 0) | ((k + l) % 2 != 0)
-    if cell.centering == "C":
-        return (h + k) % 2 != 0
-    if cell.lattice_type != "tetragonal":
-        return np.zeros(len(hkl), dtype=bool)
     # P4(3)2(1)2: 00l with l = 4n only, h00 and 0k0 with even indices only.
     return (
         ((h == 0) & (k == 0) & (l % 4 != 0))
