@@ -144,7 +144,7 @@ class KFAC(torch.optim.Optimizer):
         if layer.bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
         state = self.state[layer.weight]
-        if not state:
+        if "num_moments" not in state:  # it may have been Adam's while nothing flowed through it
             state["num_moments"] = torch.zeros((), device=inputs.device)
             state["input_moment"] = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
             state["output_moment"] = gradient.new_zeros(gradient.shape[1], gradient.shape[1])
