@@ -124,13 +124,14 @@ def rl(algorithm: str) -> dict[str, Any]:
     of_replay = ("algorithm.learning_starts", "algorithm.batch_size")
     has_values = algorithm in ("dqn", "rainbow")
     kept = {name: value for name, value in RL.items() if has_values or name not in of_replay}
-    return kept | {"algorithm.name": algorithm}
+    runners = {"rl.num_env_runners": 1} if algorithm == "async_a2c" else {}
+    return kept | {"algorithm.name": algorithm} | runners
 
 
 @pytest.fixture(scope="module")
 def one_ray():
     """Of all runs that train a policy."""
-    with local_ray(1):
+    with local_ray(2):
         yield
 
 
