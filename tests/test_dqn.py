@@ -20,6 +20,7 @@ from envs.cryoem.stack import SessionStack
 from envs.cryoem.synthetic import draw_session
 from ssl2rl_ray.algorithms.networks import CandidateNetwork, make_network
 from ssl2rl_ray.algorithms.policy import Artefact
+from ssl2rl_ray.checkpoint import weights_hash
 from ssl2rl_ray.config import (
     EnvConfig,
     NavigationRunConfig,
@@ -188,7 +189,7 @@ def test_one_seed_gives_the_same_weights_twice_and_another_seed_others():
     for seed in (1, 1, 2):
         algorithm = build(seed=seed)
         until(algorithm, 600)
-        hashes.append(dqn.weights_hash(algorithm.network_state()))
+        hashes.append(weights_hash(algorithm.network_state()))
         algorithm.stop()
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -210,7 +211,7 @@ def test_a_checkpoint_goes_on_where_it_was(tmp_path):
     # the same batch moves both the same way: optimiser, target and schedules went along
     for algorithm in (first, second):
         algorithm._update(is_last=True)
-    assert dqn.weights_hash(first.network_state()) == dqn.weights_hash(second.network_state())
+    assert weights_hash(first.network_state()) == weights_hash(second.network_state())
     rate = until(second, 2000)["learners"]["default_policy"]["default_optimizer_learning_rate"]
     assert rate == pytest.approx(1e-5, rel=0.1) and second.mean_return > 6.7
     for algorithm in (first, second):

@@ -20,6 +20,7 @@ from envs.crystfel.types import TuningConfig
 from ssl2rl_ray.algorithms.networks import CandidateNetwork, VectorNetwork, make_network
 from ssl2rl_ray.algorithms.noisy import NoisyLinear
 from ssl2rl_ray.algorithms.policy import Artefact
+from ssl2rl_ray.checkpoint import weights_hash
 from ssl2rl_ray.config import (
     CrystFELRunConfig,
     EnvConfig,
@@ -299,7 +300,7 @@ def test_a_checkpoint_goes_on_where_it_was(tmp_path):
     for algorithm in (first, second):
         torch.manual_seed(7)
         algorithm._update(is_last=True)
-    assert dqn.weights_hash(first.network_state()) == dqn.weights_hash(second.network_state())
+    assert weights_hash(first.network_state()) == weights_hash(second.network_state())
     until(second, 2000)
     assert second.mean_return > 6.5
     for algorithm in (first, second):

@@ -49,7 +49,6 @@ from ssl2rl_ray.algorithms.module import Q_TM1, V_T, NavigationModule
 from ssl2rl_ray.algorithms.replay import Replay
 from ssl2rl_ray.algorithms.runner import Columnar, ColumnarEnvRunner
 from ssl2rl_ray.checkpoint import check_same_network, to_arrays, to_tensors
-from ssl2rl_ray.checkpoint import weights_hash as weights_hash
 from ssl2rl_ray.config import TrainingConfig
 from ssl2rl_ray.recipes import DQNConfig, TuningValueAlgorithm, ValueAlgorithm
 
