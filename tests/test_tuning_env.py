@@ -173,6 +173,17 @@ def test_frames_known_at_a_setting_are_not_indexed_again():
     assert [n for _, n in indexer.calls] == [4, 6, 3], "nothing is forgotten"
 
 
+def test_a_bench_runs_the_rows_that_it_is_asked_for_in_their_order():
+    e = draw_experiments(np.random.default_rng(3), "normal", 3)
+    bench = SurrogateBench(e, Sample.draw(np.random.default_rng(4), 3, 50))
+    every = bench.run(np.arange(3), e.start, 50)
+    rows = np.array([2, 0, 1])
+    turned = bench.run(rows, e.start[rows], 50)
+    np.testing.assert_array_equal(turned.num_peaks, every.num_peaks[rows])
+    first = bench.run([1], e.start[1:2], 20)
+    np.testing.assert_array_equal(first.is_indexed[0], every.is_indexed[1, :20])
+
+
 def test_integers_are_observed_as_they_were_evaluated():
     """Half a range of 1..8 from 2 is 5.5 pixels: 6 are asked for, and 6 are observed."""
     indexer = Scripted(lambda p: p.min_pix_count)

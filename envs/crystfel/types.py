@@ -31,27 +31,14 @@ class TunableParameter:
     low: float
     high: float
     step: float
-    """Of one discrete change, in ``unit`` (a factor where ``is_log``)."""
+    """Of one discrete change, in ``unit``."""
     is_integer: bool = False
-    is_log: bool = False
-    """Steps and normalisation are on the logarithm."""
     is_geometry: bool = False
     """An offset from the user's geometry file: the truth is nowhere in it."""
 
     def normalise(self, value: float) -> float:
         """Value to [0, 1]."""
-        low, high, x = (self._scale(v) for v in (self.low, self.high, value))
-        return (x - low) / (high - low)
-
-    def denormalise(self, unit_value: float) -> float:
-        """A number to a value within the bounds (rounded where the parameter is an integer)."""
-        low, high = self._scale(self.low), self._scale(self.high)
-        x = low + min(max(float(unit_value), 0.0), 1.0) * (high - low)
-        value = min(max(math.exp(x) if self.is_log else x, self.low), self.high)
-        return float(round(value)) if self.is_integer else value
-
-    def _scale(self, value: float) -> float:
-        return math.log(value) if self.is_log else value
+        return (value - self.low) / (self.high - self.low)
 
 
 TUNABLES: dict[str, TunableParameter] = {

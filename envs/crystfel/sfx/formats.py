@@ -819,17 +819,16 @@ _CELL_LENGTHS = ("a", "b", "c")
 _CELL_ANGLES = ("al", "be", "ga")
 
 
-def read_cell(path: PathLike) -> UnitCell:
-    """Reads a CrystFEL ``.cell`` file, or the ``CRYST1`` line of a PDB file.
+def parse_cell(text: str, source: str = "cell") -> UnitCell:
+    """The cell of a CrystFEL ``.cell`` file, or of the ``CRYST1`` line of a PDB file.
+
+    Args:
+        text: of the file.
+        source: its name in messages.
 
     Raises:
         FormatError: what is wrong, in which line, and what to do.
     """
-    return parse_cell(read_text(path), os.fspath(path))
-
-
-def parse_cell(text: str, source: str = "cell") -> UnitCell:
-    """The same from text; ``source`` is its name in messages. Raises FormatError."""
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         if line.startswith("CRYST1"):
