@@ -109,8 +109,8 @@ class _RainbowParts(_ValueLearning):
     """Lowest return on the support, times ``reward_scale``. None: from the task.
 
     Navigation: what the budget can pay at best is the highest, and 0 the lowest; with ``is_shaped``
-    the lowest is minus the highest, as far as a session can fall behind its bound. Tuning: what the
-    rise to the best possible fraction is worth.
+    the lowest is minus that, as far as a session can fall behind its bound, and the highest a
+    quarter of it. Tuning: what the rise to the best possible fraction is worth.
     """
     v_max: float | None = None
     """Highest return on the support, times ``reward_scale``. None: from the task."""
