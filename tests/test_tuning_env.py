@@ -156,6 +156,10 @@ def test_it_needs_a_reset_and_enough_frames():
         env.step(np.array([0.0]))
     with pytest.raises(ValueError, match="num_frames: 200 are asked for, and there are 10"):
         CrystFELTuningEnv(Scripted(lambda p: 0), TuningConfig(), FRAMES)
+    with pytest.raises(ValueError, match="start: min_snr is 15, outside 3 to 12"):
+        CrystFELTuningEnv(
+            Scripted(lambda p: 0), TuningConfig(num_frames=10), FRAMES, Parameters(min_snr=15)
+        )
 
 
 def test_frames_known_at_a_setting_are_not_indexed_again():

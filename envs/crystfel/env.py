@@ -194,13 +194,8 @@ class Progress:
     """
 
     def __init__(self, config: TuningConfig, start: FloatArray, outcome: Outcome) -> None:
-        """``start``: (E, V) the user's values; ``outcome``: what they give.
-
-        Raises:
-            ValueError: a start that is out of the bounds of what is tuned.
-        """
+        """``start``: (E, V) the user's values; ``outcome``: what they give."""
         self.config, self.scale = config, scale_of(config.tunables)
-        self.scale.check(start)
         self.start = np.array(start, float)
         unit = self.scale.unit(self.start)
         self.best_unit, self.last_unit = unit.copy(), unit.copy()
@@ -422,7 +417,8 @@ class CrystFELTuningEnv(gym.Env[np.ndarray, Any]):
             nominal: the user's parameters; None = those of the indexer's experiment.
 
         Raises:
-            ValueError: fewer frames than the config asks for, or an indexer that knows of none.
+            ValueError: fewer frames than the config asks for, or an indexer that knows of none; a
+                start that is out of the bounds of what is tuned.
         """
         own = innermost(indexer)
         sample = getattr(own, "frames", ()) if frames is None else frames
@@ -434,6 +430,7 @@ class CrystFELTuningEnv(gym.Env[np.ndarray, Any]):
             )
         self.config, self.scale = config, scale_of(config.tunables)
         self.bench = IndexerBench(indexer, sample[: config.num_frames], start)
+        self.scale.check(self.bench.start)
         self.action_space = action_space(config)
         self.observation_space = observation_space(config)
         self._progress: Progress | None = None
