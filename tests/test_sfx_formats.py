@@ -228,6 +228,9 @@ def test_one_looked_up_value_serves_all_frames_that_are_alike(tmp_path: Path) ->
         file["clen"] = 122.0
     with pytest.raises(FormatError, match=r"g:3: clen is 120 in the middle .* 122 at its farthest"):
         parse_geometry(text, "g", *frames)
+    with h5py.File(tmp_path / "d.h5", "w") as file:  # a reading failed, once
+        file["energy"], file["clen"] = [0.0] + 29 * [9000.0], 120.0
+    assert parse_geometry(text, "g", Frame(path=str(tmp_path / "d.h5"))).photon_energy_eV == 9000
     with pytest.raises(FormatError, match=r"cannot read /energy of .*c\.h5"):
         parse_geometry(text, "g", *frames, Frame(path=str(tmp_path / "c.h5")))
 

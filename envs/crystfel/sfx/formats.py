@@ -38,8 +38,8 @@ MAX_TEXT_BYTES = 256 * 2**20
 """Of a geometry, cell or list file; the largest real list files have a few MB."""
 MAX_SIDE_PX = 100_000
 """Of a panel; the largest detectors have 4 000."""
-MAX_SPREAD = 0.01
-"""Of values looked up in the frames, about the middle one."""
+MAX_SPREAD, MAX_SHARE_FAR = 0.01, 0.05
+"""Of values looked up in the frames, about the middle one, and how many may be farther off."""
 
 
 class FormatError(ValueError):
@@ -271,7 +271,7 @@ def read_geometry(path: PathLike, *frames: Frame) -> Geometry:
     Args:
         path: the file.
         frames: in which values are looked up that the file only points to (``clen = /path``). One
-            value serves all of them: the middle one, where they are all within 1 % of it.
+            value serves all of them: the middle one, where 95 % of them are within 1 % of it.
 
     Raises:
         FormatError: what is wrong, in which line, and what to do.
@@ -666,7 +666,7 @@ def _looked_up(
     default_of_header: str,
     slack: float = 0.0,
 ) -> float:
-    """A number, or the middle one of what the frames say: within 1 %, or ``slack``, of it all."""
+    """A number, or the middle one of what the frames say, nearly all within 1 % or ``slack``."""
     if name not in overall:
         raise FormatError(f"{source}: no {name}: add a line such as `{name} = ...`")
     value = overall[name]
@@ -688,8 +688,9 @@ def _looked_up(
         ]
     )
     middle = float(np.median(found))
-    farthest = float(found[np.argmax(np.abs(found - middle))])
-    if abs(farthest - middle) > MAX_SPREAD * abs(middle) + slack / units[unit]:
+    away = np.abs(found - middle)
+    if np.mean(away > MAX_SPREAD * abs(middle) + slack / units[unit]) > MAX_SHARE_FAR:
+        farthest = float(found[np.argmax(away)])
         raise FormatError(
             f"{value.at}: {name} is {middle:g} in the middle of the frames and {farthest:g} at its "
             "farthest, and one value serves all: split the list by it, or write a number"
