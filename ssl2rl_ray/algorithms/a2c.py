@@ -244,14 +244,18 @@ class A2C(Algorithm):
             timesteps={NUM_ENV_STEPS_SAMPLED_LIFETIME: self.num_env_steps},
         )
 
-    def sync_runners(self) -> None:
-        """Sends weights and the step count to every runner."""
+    def runner_state(self) -> dict[str, Any]:
+        """Weights and the step count, as runners take them."""
         state = self.learner_group.get_state(components="learner/rl_module")["learner"]
         # without RLlib's number of the weights: a runner would ignore those of a number it had
-        state = {
+        return {
             "rl_module": state["rl_module"],
             NUM_ENV_STEPS_SAMPLED_LIFETIME: self.num_env_steps,
         }
+
+    def sync_runners(self) -> None:
+        """Sends weights and the step count to every runner."""
+        state = self.runner_state()
         if self.env_runner_group.num_remote_workers() == 0:
             self.env_runner.set_state(state)
             return

@@ -43,7 +43,6 @@ from ray.rllib.utils.metrics import (
     ENV_RUNNER_SAMPLING_TIMER,
     LEARNER_RESULTS,
     LEARNER_UPDATE_TIMER,
-    NUM_ENV_STEPS_SAMPLED_LIFETIME,
     SYNCH_WORKER_WEIGHTS_TIMER,
     TIMERS,
 )
@@ -161,10 +160,8 @@ class AsyncA2C(A2C):
 
     def _request(self) -> Any:
         """For a runner without a request: to play a fragment with the newest weights."""
-        state = self.learner_group.get_state(components="learner/rl_module")["learner"]
-        state = {key: state[key] for key in ("rl_module", "weights_seq_no")}
-        state[NUM_ENV_STEPS_SAMPLED_LIFETIME] = self.num_env_steps
-        return functools.partial(_play_fragment, state=ray.put(state), num_updates=self.num_updates)
+        state = ray.put(self.runner_state())
+        return functools.partial(_play_fragment, state=state, num_updates=self.num_updates)
 
 
 def _play_fragment(runner: Any, *, state: Any, num_updates: int) -> tuple[int, Columnar, Any]:
