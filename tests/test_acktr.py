@@ -12,10 +12,18 @@ from test_dqn import Rows, _differences, until  # noqa: E402
 from ssl2rl_ray.algorithms import a2c, acktr, policy_losses  # noqa: E402
 from ssl2rl_ray.algorithms.actor_critic import CandidateActorCritic  # noqa: E402
 from ssl2rl_ray.algorithms.kfac import KFAC  # noqa: E402
+from ssl2rl_ray.algorithms.policy import Artefact  # noqa: E402
 from ssl2rl_ray.algorithms.policy_module import Gaussian, MaskedCategorical  # noqa: E402
 from ssl2rl_ray.checkpoint import weights_hash  # noqa: E402
-from ssl2rl_ray.config import TrainingConfig  # noqa: E402
-from ssl2rl_ray.recipes import NavigationACKTRConfig  # noqa: E402
+from ssl2rl_ray.config import (  # noqa: E402
+    EnvConfig,
+    NavigationRunConfig,
+    SessionsConfig,
+    TrainingConfig,
+)
+from ssl2rl_ray.recipes import NavigationACKTRConfig, NavigationAsyncA2CConfig  # noqa: E402
+from ssl2rl_ray.runs import RunDirectory  # noqa: E402
+from ssl2rl_ray.train import train  # noqa: E402
 
 pytestmark = [
     pytest.mark.ray,
@@ -160,3 +168,33 @@ def test_one_seed_gives_the_same_weights_twice(local_ray):
         hashes.append(weights_hash(algorithm.network_state()))
         algorithm.stop()
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "num_env_runners", "feature_set"),
+    [
+        (NavigationACKTRConfig(), 0, "rates"),
+        (NavigationACKTRConfig(), 0, "paper"),  # its policy's first layer is Adam's
+        (NavigationAsyncA2CConfig(), 1, "rates"),
+    ],
+)
+def test_a_run_leaves_a_policy(local_ray, tmp_path, recipe, num_env_runners, feature_set):
+    config = NavigationRunConfig(
+        env=EnvConfig(preset="cryorl", budget_min=40, feature_set=feature_set),
+        sessions=SessionsConfig(pool_size=3, preset="demo"),
+        algorithm=recipe,
+        training=TrainingConfig(
+            num_env_steps=300,
+            num_env_runners=num_env_runners,
+            num_envs_per_runner=4,
+            evaluation_interval_steps=300,
+            num_validation_sessions=3,
+            num_torch_threads=1,
+        ),
+    )
+    with RunDirectory.create(tmp_path / "run", config) as run:
+        summary = train(config, run, progress=lambda row: None)
+    assert summary["num_env_steps"] >= 300 and summary["num_updates"] > 5
+    assert run.metrics()["train/policy_loss"].notna().any()
+    loaded = Artefact.load(run.policy)
+    assert (loaded.name, loaded.has_values) == (recipe.name, False)
