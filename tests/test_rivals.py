@@ -181,6 +181,10 @@ def test_a_budget_ends_it():
         bench, SNR, asked, num_evaluations=10, rng=np.random.default_rng(0), budget_frames=250
     )
     assert trace.num_frames[:, 0].tolist() == [100, 200, 300]
+    trace = tune(
+        bench, SNR, asked, num_evaluations=10, rng=np.random.default_rng(0), budget_frames=200
+    )
+    assert trace.num_frames[:, 0].tolist() == [100, 200], "spent to the last frame"
 
 
 def test_numbers_that_make_no_sense_are_refused():

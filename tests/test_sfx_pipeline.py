@@ -20,7 +20,7 @@ from envs.crystfel.sfx.formats import read_image
 from envs.crystfel.sfx.index import KnownCell, misorientation_deg
 from envs.crystfel.sfx.pipeline import EmbeddedIndexer
 from envs.crystfel.sfx.simulate import simulate
-from envs.crystfel.types import Frame, IndexingResult, Parameters, wilson
+from envs.crystfel.types import Frame, IndexingResult, Parameters, concatenate, wilson
 from ssl2rl_ray.cli import main
 
 
@@ -133,6 +133,41 @@ def test_results_by_hand(clean):
     for impossible in ((3, 2), (-1, 2)):
         with pytest.raises(ValueError, match="successes in"):
             wilson(*impossible)
+
+
+def result(num_frames, num_crystals, **values):
+    """The first frames indexed, one crystal each."""
+    is_indexed = np.arange(num_frames) < num_crystals
+    return IndexingResult(**({
+        "is_indexed": is_indexed, "is_hit": is_indexed, "num_peaks": 10 * is_indexed,
+        "num_crystals": num_crystals, "mean_cell": np.full(6, np.nan), "cell_ratio": np.nan,
+        "residual_px": np.nan, "spot_shift_px": np.full(2, np.nan), "cpu_s": 1.0, "version": "v",
+    } | values))  # fmt: skip
+
+
+def test_results_are_joined_by_hand():
+    """One crystal of ratio 1.04, three of 1.00, and frames without any: 1.01."""
+    parts = [
+        result(2, 1, cell_ratio=1.04, spot_shift_px=np.array([4.0, np.nan]), cpu_s=2.0),
+        result(5, 0),
+        result(3, 3, cell_ratio=1.00, spot_shift_px=np.array([0.0, 2.0]), cpu_s=3.0),
+    ]
+    joined = concatenate(parts)
+    assert joined.is_indexed.tolist() == [True, False] + 5 * [False] + 3 * [True]
+    assert (joined.num_crystals, joined.cpu_s) == (4, 6.0)
+    assert joined.cell_ratio == pytest.approx(1.01)
+    np.testing.assert_allclose(joined.spot_shift_px, [1, 2])
+    assert np.isnan(joined.residual_px) and np.isnan(joined.mean_cell).all()
+    with pytest.raises(ValueError, match="different versions: v, w"):
+        concatenate([result(1, 0), result(1, 0, version="w")])
+
+
+def test_a_hit_has_as_many_peaks_as_asked_for(clean):
+    indexer, frames = EmbeddedIndexer(clean), clean.frames[:3]
+    found = indexer.run(clean.nominal, frames).num_peaks
+    for more, is_hit in ((0, True), (1, False)):
+        parameters = clean.nominal.replace(min_peaks=int(found[0]) + more)
+        assert indexer.run(parameters, frames).is_hit[0] == is_hit
 
 
 # ------------------------------------------------------------------ kept peaks

@@ -124,6 +124,29 @@ def test_experiments_are_drawn_alike_from_a_seed_and_can_be_tuned(kind):
     assert (start / best).mean() < 0.35, "starts are to be bad"
 
 
+def test_kinds_differ_in_what_they_draw_from():
+    """Crystals in .40 to .95 of the frames are normal, .15 to .70 harder; wide ones go beyond."""
+    share = {
+        kind: draw_experiments(np.random.default_rng(6), kind, 300).crystal_share for kind in KINDS
+    }
+    assert 0.40 <= share["normal"].min() < 0.45 and 0.9 < share["normal"].max() <= 0.95
+    assert 0.15 <= share["harder"].min() < 0.25 and share["harder"].max() <= 0.70
+    assert share["wide"].min() < 0.35 and 0.95 < share["wide"].max() <= 0.98
+    clen = [
+        np.abs(draw_experiments(np.random.default_rng(7), kind, 300).optimum_clen_percent).max()
+        for kind in KINDS
+    ]
+    np.testing.assert_allclose(clen, [3.5, 5.0, 4.5], rtol=0.03)
+
+
+def test_a_hit_has_as_many_peaks_as_asked_for():
+    e = nominal_experiment()
+    sample = Sample.draw(np.random.default_rng(0), 1, 50)
+    peaks = respond(e, sample, one("min_peaks", 0)).num_peaks[0]
+    result = respond(e, sample, one("min_peaks", peaks[0]))
+    np.testing.assert_array_equal(result.is_hit[0], peaks >= peaks[0])
+
+
 def test_the_harder_kind_is_harder():
     start = {}
     for kind in ("normal", "harder"):

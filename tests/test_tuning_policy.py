@@ -262,6 +262,20 @@ def test_simulated_experiments_are_compared_at_equal_frames():
         compare(arenas, {}, TuningConfig(num_frames=50), budget_frames=90)
 
 
+def test_every_seed_has_frames_and_luck_of_its_own():
+    indexer = SurrogateIndexer(nominal_experiment(), num_frames=100)
+    arenas = real(indexer, indexer.frames, Parameters(), num_seeds=2, num_frames=20,
+                  num_judged=30, seed=1)  # fmt: skip
+    first, second = (arena.bench.frames for arena in arenas)
+    assert len(set(first)) == 20 and set(first) != set(second)
+    same = [Arena(bench=arenas[0].bench, judge=arenas[0].judge)] * 2
+    arenas[0].bench.results.clear()
+    compare(same, {"random": RIVALS["random"]}, TuningConfig(num_frames=20), budget_frames=60,
+            num_first_frames=None)  # fmt: skip
+    tried = [parameters for parameters, _ in arenas[0].bench.results]
+    assert len(set(tried)) == 1 + 2 * 2, "the start, and two tries of each seed"
+
+
 def test_what_was_recommended_within_a_budget_is_judged():
     """Evaluations end at 100, 180 and 200 frames: at 150 the first one is all there is."""
     values = np.arange(3.0)[:, None, None] * np.ones((3, 1, 7))
