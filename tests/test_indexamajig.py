@@ -408,6 +408,23 @@ def test_a_run_that_does_not_end_is_killed_with_its_workers(standin, experiment,
         adapter.run(Parameters(), experiment.frames)
 
 
+def test_the_time_that_a_run_may_take_by_hand(standin, experiment, monkeypatch):
+    """5 frames on 2 processes are 3 turns of 10 s, and 60 s to begin; each frame counts once."""
+    allowed = []
+
+    def call(*_: object, timeout_s: float) -> None:
+        allowed.append(timeout_s)
+        raise IndexerError("not run")
+
+    adapter = standin(num_processes=2)
+    assert adapter.version
+    monkeypatch.setattr("envs.crystfel.indexamajig.call", call)
+    for number in (5, 1):
+        with pytest.raises(IndexerError, match="not run"):
+            adapter.run(Parameters(), experiment.frames[:number] * 2)
+    assert allowed == [90, 70]
+
+
 def test_peakfinder9_that_is_not_compiled_in(standin, experiment):
     adapter = standin("no peakfinder9", peaks="peakfinder9")
     with pytest.raises(IndexerError, match="0 peaks in every frame"):
