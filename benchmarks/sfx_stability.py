@@ -122,14 +122,15 @@ def draw(found: dict[str, dict[str, Any]], policies: list[str], path: Path) -> N
     ):
         for name, row in result["contestants"].items():
             if name not in policies:
-                axes.plot(x, row["curve"], label=name, linewidth=1)
+                kept = {"color": "#7a7a7a"} if name == "keep-initial" else {}
+                axes.plot(x, row["curve"], label=name, linewidth=1, **kept)
         if policies:
             mean, rms = band(result, policies)
             axes.plot(x, mean, color="#0072b2", label=f"{len(policies)} policies", linewidth=2)
             axes.fill_between(x, mean - rms, mean + rms, color="#0072b2", alpha=0.2)
         axes.axhline(result["best_fraction"], color="#7a7a7a", linestyle=":", label="best")
         axes.set(title=f"from {condition}", xlabel="frames processed", ylabel="indexed fraction")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * result["best_fraction"])
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=130)
 
