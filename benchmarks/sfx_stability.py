@@ -120,6 +120,7 @@ def draw(found: dict[str, dict[str, Any]], policies: list[str], path: Path) -> N
     for axes, (condition, result) in zip(
         figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
     ):
+        axes.set_prop_cycle(color=["#e69f00", "#009e73", "#cc79a7", "#d55e00"])
         for name, row in result["contestants"].items():
             if name not in policies:
                 kept = {"color": "#7a7a7a"} if name == "keep-initial" else {}
