@@ -53,10 +53,11 @@ RECIPES: dict[str, tuple[Any, dict[str, int]]] = {
             final_learning_rate=0.0,
             entropy_weight=0.01,
             max_grad_norm=0.5,
+            is_standardized=False,
             reward_scale=0.1,
             hidden_sizes=(64, 64),
         ),
-        {"num_envs_per_runner": 8, "rollout_length": 8, "num_env_runners": 2},
+        {"num_envs_per_runner": 8, "rollout_length": 16, "num_env_runners": 2},
     ),
     "acktr": (
         TuningACKTRConfig(
