@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -590,7 +592,7 @@ def data(tmp_path_factory):
 
 
 def test_files_of_a_folder_are_taken_in_once_they_are_settled(data, tmp_path):
-    geometry = read_geometry(data / "experiment.geom")
+    geometry = data / "experiment.geom"
     incoming, log = tmp_path / "in", tmp_path / "frames.lst"
     incoming.mkdir()
     source = GrowingFolder(incoming, geometry, log)
@@ -620,12 +622,13 @@ def test_files_of_a_folder_are_taken_in_once_they_are_settled(data, tmp_path):
 
 
 def test_files_that_get_longer_give_their_new_frames(data, tmp_path):
-    geometry = read_geometry(data / "experiment.geom")
+    geometry = data / "experiment.geom"
+    where = read_geometry(geometry).planes[0].data
     path = tmp_path / "run.h5"
 
     def write(num):
         with h5py.File(path, "w") as file:
-            file.create_dataset(geometry.planes[0].data, data=np.zeros((num, 4, 4), np.int16))
+            file.create_dataset(where, data=np.zeros((num, 4, 4), np.int16))
 
     source = GrowingFolder(tmp_path, geometry, tmp_path / "frames.lst")
     write(2)
@@ -637,8 +640,29 @@ def test_files_that_get_longer_give_their_new_frames(data, tmp_path):
     assert [f.event for f in source.frames] == ["//0", "//1", "//2", "//3", "//4"]
 
 
+def test_a_distance_that_stands_in_the_files_is_looked_up_there(data, tmp_path):
+    text = (data / "experiment.geom").read_text()
+    geometry = tmp_path / "moving.geom"
+    geometry.write_text(re.sub(r"(?m)^clen = .*$", "clen = /encoder m", text))
+    incoming = tmp_path / "in"
+    incoming.mkdir()
+    source = GrowingFolder(incoming, geometry, tmp_path / "frames.lst")
+    shutil.copy(data / "frames-000.h5", incoming / "a.h5")
+    source.poll()
+    source.poll()
+    assert "/encoder" in source.unreadable[f"{incoming}/a.h5"] and not source.frames
+    with h5py.File(incoming / "a.h5", "r+") as file:
+        file["encoder"] = 0.12
+    source.poll()
+    source.poll()
+    assert len(source.frames) == 8 and not source.unreadable
+    geometry.write_text("no geometry")
+    with pytest.raises(FormatError):
+        GrowingFolder(incoming, geometry, tmp_path / "frames.lst")
+
+
 def test_files_without_the_data_say_so(data, tmp_path):
-    geometry = read_geometry(data / "experiment.geom")
+    geometry = data / "experiment.geom"
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["other"] = 1
     source = GrowingFolder(tmp_path, geometry, tmp_path / "frames.lst")

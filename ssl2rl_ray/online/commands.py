@@ -178,7 +178,6 @@ def _stream(args: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
     from pathlib import Path
 
     from envs.crystfel.experiment import FRAMES_FILE, GEOMETRY_FILE, read_experiment
-    from envs.crystfel.sfx.formats import read_geometry
     from ssl2rl_ray.online.source import GrowingFolder, GrowingList
 
     deadline = None if args.idle_s is None else time.monotonic() + args.idle_s
@@ -192,14 +191,19 @@ def _stream(args: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
         if not Path(geometry).exists():
             raise ValueError(f"{data} has {len(found)} .geom files: name one by --geometry")
         path = folder / FRAMES_FILE
-        source: Any = GrowingFolder(args.watch, read_geometry(geometry), path)
+        source: Any = GrowingFolder(args.watch, geometry, path)
     else:
         path = Path(args.list) if args.list else data / FRAMES_FILE
         source = GrowingList(path, geometry)
     source.poll()
     if not source.frames:
         print(f"waiting for the first frame in {args.watch or path}", file=sys.stderr, flush=True)
+    said: set[str] = set()
     while not source.frames:
+        for path_, reason in source.unreadable.items():
+            if reason not in said:
+                print(f"{path_} cannot be read yet: {reason}", file=sys.stderr, flush=True)
+        said |= set(source.unreadable.values())
         if deadline is not None and time.monotonic() >= deadline:
             raise ValueError(f"no frame has come to {args.watch or path} within {args.idle_s:g} s")
         time.sleep(args.poll_s)

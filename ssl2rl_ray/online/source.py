@@ -7,6 +7,7 @@ is left out: a run of it never ends and keeps its parameters, so that each chang
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from envs.crystfel.indexer import stamp
 from envs.crystfel.sfx.formats import (
     FormatError,
-    Geometry,
+    FramesNeededError,
     PathLike,
     all_frames,
     format_frames,
@@ -88,19 +89,21 @@ class GrowingFolder:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], geometry: Geometry, log: str | os.PathLike[str]
+        self, folder: str | os.PathLike[str], geometry: PathLike, log: str | os.PathLike[str]
     ) -> None:
         """Reads the log of an earlier run, if there is one.
 
         Args:
             folder: where files appear; folders in it are not searched.
-            geometry: says where in a file the frames are.
+            geometry: of the ``.geom`` file, which says where in a file the frames are.
             log: list file to which every frame is added, and which keeps their order.
 
         Raises:
-            FormatError: a log that is damaged.
+            FormatError: a log or a ``.geom`` that is damaged.
         """
-        self.folder, self.geometry = Path(os.path.abspath(folder)), geometry
+        with contextlib.suppress(FramesNeededError):  # what it points to comes with the first file
+            read_geometry(geometry)
+        self.folder, self._geometry_path = Path(os.path.abspath(folder)), geometry
         self.log = Path(os.path.abspath(log))
         self.frames: list[Frame] = []
         self.unreadable: dict[str, str] = {}
@@ -129,7 +132,8 @@ class GrowingFolder:
                 continue
             self._known[f"{path}\0read"] = now
             try:
-                found = all_frames(self.geometry, (Frame(path=path),))
+                geometry = read_geometry(self._geometry_path, Frame(path=path))
+                found = all_frames(geometry, (Frame(path=path),))
             except FormatError as error:
                 self.unreadable[path] = str(error)
                 continue

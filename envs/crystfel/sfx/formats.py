@@ -46,6 +46,10 @@ class FormatError(ValueError):
     """A file is not what it should be; the message names file, line and remedy."""
 
 
+class FramesNeededError(FormatError):
+    """A ``.geom`` file that points into the data, and no frame to look into."""
+
+
 # ---------------------------------------------------------------------------------- geometry
 
 
@@ -677,7 +681,7 @@ def _looked_up(
     if unit not in units:
         raise FormatError(f"{value.at}: the unit {_shown(unit)} is not one of {', '.join(units)}")
     if not frames:
-        raise FormatError(
+        raise FramesNeededError(
             f"{value.at}: {name} is looked up in the data ({path}): frames are needed to know it, "
             f"or write a number"
         )
