@@ -271,9 +271,9 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys):
 
 def test_a_plan_of_a_thousand_trials_is_quick(tmp_path):
     path = write(tmp_path, space={"seed": list(range(1000))})
-    begun = time.perf_counter()
+    begun = time.process_time()  # whatever else the machine does
     assert sweeps.plan(load_sweep(path), tmp_path / "out")["num_trials"] == 1000
-    assert time.perf_counter() - begun < 5  # of the issue; about 0.6 s
+    assert time.process_time() - begun < 5  # of the issue; about 0.6 s
 
 
 def begun_folder(tmp_path: Path) -> tuple[Sweep, Path]:
