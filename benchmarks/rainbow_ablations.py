@@ -12,12 +12,12 @@ deep_sea      N x N, one move in each of N rows; only N times to the right (whic
 
 DQN is Mnih et al. 2015: uniform replay, one-step targets of its target network, epsilon-greedy. All
 variants have the same network width, batch, learning rate, replay and number of updates. The
-learning rate is the best of 0.001, 0.003, 0.006 and 0.01 for both DQN and Rainbow, found in two
-runs each that are none of those reported; at 0.003 and 5,000 steps their difference is within the
-seeds' (8 seeds each: 0.056, from -0.044 to 0.124). Nothing was tuned per variant. The score of a
-run is the mean return of all its episodes, exploration included: how fast it learns and how well it
-plays. Printed: the interquartile mean over seeds with a 95 % stratified bootstrap interval, and of
-the differences to Rainbow.
+learning rate is the best of 0.001, 0.003, 0.006 and 0.01 for DQN and for Rainbow, found in one to
+three runs each that are none of those reported; at 0.003 and 5,000 steps their difference is within
+the seeds' (8 seeds each: 0.056, from -0.044 to 0.124). Nothing was tuned per variant. The score of
+a run is the mean return of all its episodes, exploration included: how fast it learns and how well
+it plays. Printed: the interquartile mean over seeds with a 95 % stratified bootstrap interval, and
+of the differences to Rainbow.
 Usage: python benchmarks/rainbow_ablations.py --seeds 8 --ablation-seeds 4
 """
 
