@@ -76,6 +76,7 @@ class Known:
         """As the protocol of indexers says; ``min_peaks`` is counted afterwards."""
         any_peaks = parameters.replace(min_peaks=MIN_PEAKS[0])
         missing = [frame for frame in frames if (any_peaks, frame) not in self.rows]
+        peaks_s = 0.0
         if missing:
             begun = time.process_time()
             self.indexer.peaks(any_peaks, missing)
@@ -92,14 +93,14 @@ class Known:
             is_hit = num_peaks >= parameters.min_peaks
             parts.append(
                 IndexingResult(
-                    is_indexed=[is_found and is_hit],
-                    is_hit=[is_hit],
-                    num_peaks=[num_peaks],
+                    is_indexed=np.array([is_found and is_hit]),
+                    is_hit=np.array([is_hit]),
+                    num_peaks=np.array([num_peaks]),
                     num_crystals=int(is_found and is_hit),
                     mean_cell=np.full(6, ratio),
                     cell_ratio=ratio,
                     residual_px=residual,
-                    spot_shift_px=[x, y],
+                    spot_shift_px=np.array([x, y]),
                     cpu_s=cpu_s,
                     version=self.version,
                 )
@@ -192,9 +193,9 @@ def play(
     return math.inf, share
 
 
-def grid_best(indexer: Known, frames: Sequence[Frame]) -> tuple[int, dict[str, float]]:
+def grid_best(indexer: Known, frames: Sequence[Frame]) -> tuple[int, dict[str, Any]]:
     """Most frames that a setting of the grid indexes, and the setting."""
-    best, at = -1, {}
+    best, at = -1, dict[str, Any]()
     for values in itertools.product(*GRID.values()):
         changes = dict(zip(GRID, values, strict=True))
         found = indexer.run(Parameters(**changes, min_peaks=MIN_PEAKS[0]), frames)
