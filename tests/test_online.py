@@ -746,6 +746,29 @@ def test_what_a_user_pastes_is_what_was_tuned(data, tmp_path):
     assert json.loads((tmp_path / "o" / "parameters.json").read_text()) == tuned.as_dict()
 
 
+def test_masks_are_found_from_where_the_tuned_geometry_stands(data, tmp_path):
+    geometry = tmp_path / "masked.geom"
+    original = (data / "experiment.geom").read_text()
+    before, _, after = original.partition("mask0_data = /entry/data/mask\n")
+    geometry.write_text(f"{before}mask0_data = /mask\nmask0_file = bad.h5 ; mine\n{after}")
+    with h5py.File(tmp_path / "bad.h5", "w") as file:
+        file["mask"] = np.zeros((1024, 1024), np.uint8)
+    experiment = read_experiment(data, geometry=geometry)
+    with Store(tmp_path / "o") as store:
+        store.publish(experiment, Parameters(), None)
+    written = (tmp_path / "o" / "tuned.geom").read_text()
+    assert f"mask0_file = {tmp_path}/bad.h5 ; mine\n" in written
+    assert read_geometry(tmp_path / "o" / "tuned.geom", experiment.frames[0]).clen_m > 0
+
+
+def test_a_start_that_may_not_be_tuned_is_refused(data, tmp_path, capsys):
+    from ssl2rl_ray.cli import main
+
+    asked = ["sfx", "online", "--data", str(data), "--out", str(tmp_path / "o"), "--no-ray"]
+    assert main([*asked, "--tuner", "rules", "--set", "min_snr=15"]) == 2
+    assert "start: min_snr is 15, outside" in capsys.readouterr().err
+
+
 # ---- at work -------------------------------------------------------------------------------------
 
 

@@ -126,7 +126,11 @@ class Store:
         """
         original = experiment.geometry_path.read_text(errors="replace")
         geometry = self.folder / "tuned.geom"
-        write_text(geometry, tuned_geometry_text(original, experiment.geometry, parameters))
+        masks_in = experiment.geometry_path.parent
+        write_text(
+            geometry,
+            tuned_geometry_text(original, experiment.geometry, parameters, masks_in=masks_in),
+        )
         write_text(
             self.folder / "parameters.json", json.dumps(parameters.as_dict(), indent=1) + "\n"
         )

@@ -459,18 +459,25 @@ def _check_alike(panels: dict[str, dict[str, _Value]]) -> None:
                 )
 
 
-def tuned_geometry_text(text: str, geometry: Geometry, parameters: Parameters) -> str:
+def tuned_geometry_text(
+    text: str, geometry: Geometry, parameters: Parameters, *, masks_in: PathLike | None = None
+) -> str:
     """A user's ``.geom`` with distance and beam centre changed, everything else as it was.
 
     Args:
         text: the file.
         geometry: what it says (the start that the offsets are relative to).
         parameters: with the offsets.
+        masks_in: folder to which its mask files are relative, where the text is to stand in another
+            one; None = they stay as they are.
     """
     moved = geometry.moved(parameters)
     shift = {"x": parameters.centre_x_offset_px, "y": parameters.centre_y_offset_px}
 
     def edited(line: str) -> str:
+        if masks_in is not None and (match := _MASK_LINE.match(line)) is not None:
+            before, file, after = match.groups()
+            return f"{before}{os.path.abspath(os.path.join(masks_in, file))}{after}"
         if (match := _TUNED_LINE.match(line)) is None:
             return line
         before, name, value, after = match.groups()
@@ -583,6 +590,9 @@ _TUNED_LINE = re.compile(
     rf"([ \t]*(?:(?!bad)[^\s/;=]+/)?(clen|corner_[xy])[ \t]*=[ \t]*)"
     rf"({_NUMBER.pattern}|/[^\s;]*)(?:[ \t]*mm?(?=[\s;]|$))?(.*)",
     re.DOTALL,
+)
+_MASK_LINE = re.compile(
+    r"([ \t]*(?:[^\s/;=]+/)?mask[0-7]?_file[ \t]*=[ \t]*)([^\s;]+)(.*)", re.DOTALL
 )
 
 
