@@ -153,7 +153,8 @@ def _lead(document: Mapping[str, Any]) -> str:
         f"by {document['navigator']}. Rounds are kept by the selection squares, numbers are of "
         "the test squares. Every cell: mean ± half of Student's 95 % interval over data sets, and "
         "the number n of data sets (seeds). Differences are paired; “established” means that the "
-        "95 % interval excludes 0, without a correction for how many are looked at."
+        "95 % interval excludes 0, without a correction for how many are looked at. Whether other "
+        "settings of SSL²-RL would do better on such runs is what benchmarks/loop_search.py tries."
     )
 
 
