@@ -67,10 +67,10 @@ def learn(config: Any, run: RunDirectory, algorithm: Any, task: Task) -> Row:
         first_step = algorithm.num_env_steps
         board = stack.enter_context(TensorBoard(run.path / "tensorboard", first_step=first_step))
         look = functools.partial(_look, run, algorithm, task, board)
+        interrupted = stack.enter_context(on_interrupt())  # before the first sign of life
         if not first_step:
             board.begin(to_dict(config), to_yaml(config), task.criterion)
             look({})
-        interrupted = stack.enter_context(on_interrupt())
         clock = _Clock(first_step)
         next_look = _next_multiple(first_step, training.evaluation_interval_steps)
         while algorithm.num_env_steps < training.num_env_steps:

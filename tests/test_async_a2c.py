@@ -121,10 +121,13 @@ def test_a_runner_that_dies_is_replaced_and_learning_goes_on(local_ray):
     (victim, *_) = group._worker_manager.actors().values()
     ray.kill(victim, no_restart=False)
     until(algorithm, algorithm.num_env_steps + 600)
-    until_both = 0
-    while group.num_healthy_remote_workers() < 2 and until_both < 400:
+    num_rounds = 0
+    while group.num_remote_worker_restarts() < 1 and num_rounds < 2000:  # until it is missed
         algorithm.train()
-        until_both += 1
+        num_rounds += 1
+    while group.num_healthy_remote_workers() < 2 and num_rounds < 4000:  # until it is back
+        algorithm.train()
+        num_rounds += 1
     assert group.num_healthy_remote_workers() == 2
     assert group.num_remote_worker_restarts() == 1
     until(algorithm, algorithm.num_env_steps + 300)

@@ -591,15 +591,17 @@ def cartpole_network():
 def test_any_task_of_gymnasium_is_learned():
     algorithm = rainbow.build(
         recipe_of(reward_scale=1.0, learning_rate=2e-3),
-        TrainingConfig(num_env_steps=3000, num_envs_per_runner=4),
+        TrainingConfig(num_env_steps=4000, num_envs_per_runner=4),
         make_env=cartpole,
         make_network=cartpole_network,
         seed=0,
     )
-    until(algorithm, 300)
-    at_first = algorithm.mean_return
     until(algorithm, 3000)
-    assert algorithm.mean_return > max(30, at_first)  # by chance 22
+    returns = []
+    while algorithm.num_env_steps < 4000:  # a mean of four episodes says little
+        algorithm.train()
+        returns.append(algorithm.mean_return)
+    assert np.mean(returns) > 30  # by chance 22; seeds reach 50 to 100
     assert algorithm.replay.observation[""].shape[2:] == (4,)
     algorithm.stop()
 
