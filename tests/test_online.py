@@ -761,14 +761,6 @@ def test_masks_are_found_from_where_the_tuned_geometry_stands(data, tmp_path):
     assert read_geometry(tmp_path / "o" / "tuned.geom", experiment.frames[0]).clen_m > 0
 
 
-def test_a_start_that_may_not_be_tuned_is_refused(data, tmp_path, capsys):
-    from ssl2rl_ray.cli import main
-
-    asked = ["sfx", "online", "--data", str(data), "--out", str(tmp_path / "o"), "--no-ray"]
-    assert main([*asked, "--tuner", "rules", "--set", "min_snr=15"]) == 2
-    assert "start: min_snr is 15, outside" in capsys.readouterr().err
-
-
 # ---- at work -------------------------------------------------------------------------------------
 
 

@@ -63,9 +63,6 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
     import sys
     from pathlib import Path
 
-    import numpy as np
-
-    from envs.crystfel.env import scale_of
     from envs.crystfel.indexer import IndexerError
     from envs.crystfel.rivals import RIVALS
     from envs.crystfel.xwiz import read_xwiz
@@ -111,7 +108,6 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
             initial = read_xwiz(args.xwiz).parameters
             xwiz = Path(args.xwiz).read_text(errors="replace")
         initial = initial.replace(**assignments(args.set))
-        scale_of(config.tuning.tunables).check(np.array([list(initial.as_dict().values())]))
         indexer = backend(args.backend, experiment, args.processes, store.folder / "peaks")
         if args.no_ray:
             workers: Any = InlineWorkers(indexer)
