@@ -29,10 +29,8 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module import RLModuleSpec
-from ray.rllib.execution.rollout_ops import synchronous_parallel_sample
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.metrics import (
-    ENV_RUNNER_RESULTS,
     ENV_RUNNER_SAMPLING_TIMER,
     LEARNER_RESULTS,
     LEARNER_UPDATE_TIMER,
@@ -45,7 +43,7 @@ from torch import Tensor, nn
 from ssl2rl_ray.algorithms import policy_losses
 from ssl2rl_ray.algorithms.policy_module import ActorCriticModule
 from ssl2rl_ray.algorithms.returns import gae, n_step_returns, next_values
-from ssl2rl_ray.algorithms.runner import Columnar, ColumnarEnvRunner
+from ssl2rl_ray.algorithms.runner import Columnar, ColumnarEnvRunner, play_fragments
 from ssl2rl_ray.checkpoint import check_same_network, to_arrays, to_tensors
 from ssl2rl_ray.config import TrainingConfig
 from ssl2rl_ray.recipes import A2CConfig
@@ -216,18 +214,8 @@ class A2C(Algorithm):
     def training_step(self) -> None:
         """One fragment from every runner, then what is learned from it."""
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-            sampled: Any = synchronous_parallel_sample(
-                worker_set=self.env_runner_group,
-                concat=False,
-                sample_timeout_s=self.config.sample_timeout_s,
-                _uses_new_env_runners=True,
-                _return_metrics=True,
-            )
-            fragments, results = sampled
-            if not fragments:
+            if not (fragments := play_fragments(self)):
                 return
-            self.metrics.aggregate(results, key=ENV_RUNNER_RESULTS)
-        self.episode_returns.extend(r for f in fragments for r in f["episode_returns"])
         columns = beside(fragments)
         self.num_env_steps += int(columns["is_move"].sum())
         with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):

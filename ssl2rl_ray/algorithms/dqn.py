@@ -29,10 +29,8 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module import RLModuleSpec
-from ray.rllib.execution.rollout_ops import synchronous_parallel_sample
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.metrics import (
-    ENV_RUNNER_RESULTS,
     ENV_RUNNER_SAMPLING_TIMER,
     LEARNER_RESULTS,
     LEARNER_UPDATE_TIMER,
@@ -47,7 +45,7 @@ from torch import nn
 from ssl2rl_ray.algorithms.losses import td_error, weighted_huber
 from ssl2rl_ray.algorithms.module import Q_TM1, V_T, NavigationModule
 from ssl2rl_ray.algorithms.replay import Replay
-from ssl2rl_ray.algorithms.runner import Columnar, ColumnarEnvRunner
+from ssl2rl_ray.algorithms.runner import Columnar, ColumnarEnvRunner, play_fragments
 from ssl2rl_ray.checkpoint import check_same_network, to_arrays, to_tensors
 from ssl2rl_ray.config import TrainingConfig
 from ssl2rl_ray.recipes import DQNConfig, TuningValueAlgorithm, ValueAlgorithm
@@ -204,18 +202,8 @@ class DQN(rllib_dqn.DQN):
         """One fragment from every runner, then the updates that are due for it."""
         recipe = self.config.recipe
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-            sampled: Any = synchronous_parallel_sample(
-                worker_set=self.env_runner_group,
-                concat=False,
-                sample_timeout_s=self.config.sample_timeout_s,
-                _uses_new_env_runners=True,
-                _return_metrics=True,
-            )
-            fragments, results = sampled
-            if not fragments:
+            if not (fragments := play_fragments(self)):
                 return
-            self.metrics.aggregate(results, key=ENV_RUNNER_RESULTS)
-            self.episode_returns.extend(r for f in fragments for r in f["episode_returns"])
             columns = side_by_side(fragments, max(1, self.config.num_env_runners))
             self.replay.push(**columns)
             num_new = int(columns["is_move"].sum())

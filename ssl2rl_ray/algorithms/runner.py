@@ -17,7 +17,8 @@ import tree
 from gymnasium import spaces
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
-from ray.rllib.utils.metrics import SAMPLE_TIMER
+from ray.rllib.execution.rollout_ops import synchronous_parallel_sample
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, SAMPLE_TIMER
 
 Columnar = dict[str, Any]
 """A fragment: ``observation`` (K, E, ...), a dict of arrays or one, ``action``, ``reward``,
@@ -191,3 +192,23 @@ class ColumnarEnvRunner(SingleAgentEnvRunner):
 
 def _put(row: int, column: np.ndarray, value: np.ndarray) -> None:
     column[row] = value
+
+
+def play_fragments(algorithm: Any) -> list[Columnar]:
+    """One fragment from every runner of an algorithm that answers in time.
+
+    What the runners logged goes to the algorithm's metrics, finished episodes to its
+    ``episode_returns``.
+    """
+    sampled: Any = synchronous_parallel_sample(
+        worker_set=algorithm.env_runner_group,
+        concat=False,
+        sample_timeout_s=algorithm.config.sample_timeout_s,
+        _uses_new_env_runners=True,
+        _return_metrics=True,
+    )
+    fragments, results = sampled
+    if fragments:
+        algorithm.metrics.aggregate(results, key=ENV_RUNNER_RESULTS)
+        algorithm.episode_returns.extend(r for f in fragments for r in f["episode_returns"])
+    return fragments
