@@ -15,7 +15,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl2rl_ray import sweep as sweeps
 from ssl2rl_ray.cli import main
 from ssl2rl_ray.config import PerceptionRunConfig
 from ssl2rl_ray.launch import run_config
@@ -27,9 +26,12 @@ from ssl2rl_ray.sweep import (
     load_sweep,
     need_of,
     num_concurrent,
+    plan,
     run_sweep,
     trial_status,
 )
+from ssl2rl_ray.sweep.file import trial_names
+from ssl2rl_ray.sweep.folder import held, remove_stillborn
 
 BASE = {
     "kind": "perception",
@@ -189,7 +191,7 @@ def test_names_of_trials_are_different_names_of_folders(point, data):
     points = [point] if list(map(repr, point.values())) == list(map(repr, other.values())) else [
         point, other
     ]  # fmt: skip
-    found = sweeps._trial_names(points)
+    found = trial_names(points)
     assert len(set(found)) == len(points)
     for name in found:
         assert name and "/" not in name and not name.startswith((".", "-"))
@@ -198,13 +200,13 @@ def test_names_of_trials_are_different_names_of_folders(point, data):
 
 def test_names_say_as_much_as_they_need():
     points = [{"data.preset": "y3 mini", "sessions.preset": None}]
-    assert sweeps._trial_names(points) == ["data.preset-y3-mini_sessions.preset-null"]
-    assert sweeps._trial_names([{"x": [1, 2]}, {"x": []}, {"x": "runs/a"}]) == [
+    assert trial_names(points) == ["data.preset-y3-mini_sessions.preset-null"]
+    assert trial_names([{"x": [1, 2]}, {"x": []}, {"x": "runs/a"}]) == [
         "x-1-2",
         "x-none",
         "x-runs-a",
     ]
-    assert sweeps._trial_names([{"x": "a/b"}, {"x": "a-b"}]) == ["0_x-a-b", "1_x-a-b"]
+    assert trial_names([{"x": "a/b"}, {"x": "a-b"}]) == ["0_x-a-b", "1_x-a-b"]
 
 
 # ---- what fits -----------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys):
 def test_a_plan_of_a_thousand_trials_is_quick(tmp_path):
     path = write(tmp_path, space={"seed": list(range(1000))})
     begun = time.process_time()  # whatever else the machine does
-    assert sweeps.plan(load_sweep(path), tmp_path / "out")["num_trials"] == 1000
+    assert plan(load_sweep(path), tmp_path / "out")["num_trials"] == 1000
     assert time.process_time() - begun < 5  # of the issue; about 0.6 s
 
 
@@ -280,7 +282,7 @@ def begun_folder(tmp_path: Path) -> tuple[Sweep, Path]:
     """A sweep whose trials are all finished, without training any."""
     sweep = load_sweep(write(tmp_path))
     out = tmp_path / "out"
-    with sweeps._held(sweep, out):
+    with held(sweep, out):
         pass
     for name, config in sweep.trials.items():
         with RunDirectory.create(out / name, config) as run:
@@ -326,7 +328,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(RunError, match="cannot use the folder"):
         run_sweep(sweep, tmp_path / "file")
     lock = acquire_lock(out)
-    with pytest.raises(RunError, match="another process is writing"), sweeps._held(sweep, out):
+    with pytest.raises(RunError, match="another process is writing"), held(sweep, out):
         pass
     os.close(lock)
 
@@ -339,7 +341,7 @@ def test_a_trial_without_manifest_is_begun_anew(tmp_path):
         (folder / "config.yaml").touch()
     (other / "mine.txt").touch()
     for folder in (stillborn, other):
-        sweeps._remove_stillborn(folder)
+        remove_stillborn(folder)
     assert not stillborn.exists() and (other / "mine.txt").exists()
 
 
@@ -410,13 +412,13 @@ def read_summary(folder: Path) -> dict:
 
 def test_a_trial_that_ends_while_ray_starts_is_not_run_again(tmp_path, monkeypatch):
     """That of a killed driver: unfinished when looked at first, finished when Ray is there."""
-    from ssl2rl_ray import sweep as module
+    from ssl2rl_ray.sweep import trials as module
 
     sweep = load_sweep(write(tmp_path))
     looks = iter([["seed-0"], []])
-    monkeypatch.setattr(module, "_unfinished", lambda *_: next(looks))
+    monkeypatch.setattr(module, "unfinished", lambda *_: next(looks))
     monkeypatch.setattr(module, "local_ray", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(module, "_cluster_room", module.find_room)
+    monkeypatch.setattr(module, "cluster_room", module.find_room)
     result = run_sweep(sweep, tmp_path / "out")
     assert result["num_run"] == 0
 
