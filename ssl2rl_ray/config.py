@@ -308,8 +308,9 @@ class LoopConfig:
 
     The others are the test set: nothing is chosen by it, and reports quote it.
     """
-    selection: Literal["reward", "accuracy"] = "reward"
-    """Which of the two criteria names the round that the run recommends; both are reported."""
+    selection: Literal["reward", "accuracy", "auc"] = "reward"
+    """Which criterion names the round that the run recommends; all are reported. Of a few selection
+    holes the AUC tells rounds apart better than the accuracy, which one threshold decides."""
     positive_cutoff: float | None = None
     """N_C: share of the unlabelled holes that is labelled low-CTF. None: that of the labelled."""
     num_rollouts: PositiveInt = 5

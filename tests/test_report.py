@@ -88,9 +88,13 @@ def round_row(
 
 
 def method(
-    *rounds: dict[str, Any], reward: int = 0, accuracy: int = 0, stopped: str | None = None
+    *rounds: dict[str, Any],
+    reward: int = 0,
+    accuracy: int = 0,
+    stopped: str | None = None,
+    **kept: int,
 ) -> dict[str, Any]:
-    kept = {"reward": reward, "accuracy": accuracy}
+    kept = {"reward": reward, "accuracy": accuracy, **kept}
     return {"rounds": list(rounds), "kept": kept, "stopped": stopped}
 
 
@@ -217,7 +221,12 @@ def test_the_round_is_kept_by_selection_and_quoted_on_test(tmp_path):
         row = f"ssl2rl-480/dqn/{kept_by}"
         assert cell(document, "table4", row=row, quantity="return-480")["mean"] == earned
         assert cell(document, "table4", row=row, quantity="accuracy")["mean"] == accuracy
-    # table 6 is of the last round, which neither criterion need have kept
+    # the run has not noted which round its AUC would keep
+    assert cell(document, "table7", row="ssl2rl-480", quantity="accuracy")["mean"] is None
+    found = {"ssl2rl-480": method(*rounds, reward=0, accuracy=1, auc=2)}
+    later = report([write_run(tmp_path / "later", found, loop={"num_rounds": 2})])
+    assert cell(later, "table7", row="ssl2rl-480", quantity="accuracy")["mean"] == 0.8
+    # table 6 is of the last round, which no criterion need have kept
     found = {"ssl2rl-480": method(*rounds, reward=0, accuracy=1)}
     other = report([write_run(tmp_path / "other", found, loop={"num_rounds": 2})])
     assert cell(other, "table6", row="ssl2rl-480", quantity="accuracy")["mean"] == 0.8

@@ -290,6 +290,8 @@ def test_the_kept_rounds_are_the_best_on_the_selection_squares(run):
         accuracies = [row["classifier"]["selection"]["accuracy"] for row in found["rounds"]]
         assert found["kept"]["reward"] == int(np.argmax(returns))
         assert found["kept"]["accuracy"] == int(np.argmax(accuracies))
+        aucs = [row["classifier"]["selection"]["auc"] for row in found["rounds"]]
+        assert found["kept"]["auc"] == int(np.argmax(aucs))
         assert returns[found["kept"]["reward"]] >= returns[0]
 
 
@@ -502,6 +504,13 @@ def test_the_first_of_equal_rounds_is_kept():
     for criterion in ("reward", "accuracy"):
         for accuracies, best in (((0.6, 0.6, 0.6), 0), ((0.5, 0.6, 0.6), 1), ((0.6, 0.5), 0)):
             assert kept_round(rows_of(*accuracies), criterion, task, METHODS["planner"]) == best
+
+
+def test_a_round_without_an_auc_is_not_kept_by_it():
+    rows = rows_of(0.6, 0.6, 0.6)
+    for row, auc in zip(rows, (None, 0.4, 0.5), strict=True):
+        row["classifier"]["selection"]["auc"] = auc
+    assert kept_round(rows, "auc", task_of(durations_min=(60.0,)), METHODS["planner"]) == 2
 
 
 def test_a_collapse_is_said_and_the_method_ends_there(demo_dir, tmp_path, capsys, monkeypatch):

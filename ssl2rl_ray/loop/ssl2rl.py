@@ -14,6 +14,7 @@ it was in.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ from ssl2rl_ray.runs import RunDirectory
 from ssl2rl_ray.schema import to_dict, to_yaml
 from ssl2rl_ray.tensorboard import TensorBoard
 
-CRITERIA = ("reward", "accuracy")
+CRITERIA = ("reward", "accuracy", "auc")
 _ROUNDS_OF_A_FALL = 2
 _LEAST_ENTROPY = 0.1
 """Of f_0's: a classifier that is surer than this has talked itself into its labels. A choice."""
@@ -286,11 +287,14 @@ def _label(
 def kept_round(rounds: list[dict[str, Any]], criterion: str, task: Task, method: Method) -> int:
     """The best round by the selection squares, the first of equals; f_0 is one of them."""
     duration = _duration(task, method)
-    values = {
-        "reward": lambda row: row["return"]["selection"][duration]["episode_return"],
-        "accuracy": lambda row: row["classifier"]["selection"]["accuracy"],
-    }[criterion]
-    return max(range(len(rounds)), key=lambda k: values(rounds[k]))
+
+    def value(row: dict[str, Any]) -> float:
+        if criterion == "reward":
+            return row["return"]["selection"][duration]["episode_return"]
+        found = row["classifier"]["selection"][criterion]
+        return -math.inf if found is None else found  # the AUC of labels of one kind
+
+    return max(range(len(rounds)), key=lambda k: value(rounds[k]))
 
 
 def _duration(task: Task, method: Method) -> str:

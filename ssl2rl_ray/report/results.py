@@ -84,7 +84,7 @@ class Played:
     rounds: tuple[Mapping[str, Any], ...]
     """round.json each, by number."""
     kept: Mapping[str, int]
-    """Number of the round kept by ``reward`` and by ``accuracy``, on the selection squares."""
+    """Number of the round kept by ``reward``, ``accuracy``, ``auc``, on the selection squares."""
     stopped: str | None
 
     def at(self, kept_by: str, *path: str) -> float | None:
