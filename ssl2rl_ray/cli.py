@@ -272,6 +272,50 @@ def _sweep(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _submit(args: argparse.Namespace) -> int:
+    from ssl2rl_ray.submit import (
+        command_line,
+        connect,
+        describe,
+        follow,
+        how_to_go_on,
+        job_of,
+        submit,
+    )
+
+    job = job_of(
+        args.config,
+        args.out,
+        overrides=args.set,
+        resume=args.resume,
+        num_gpus=args.num_gpus,
+        python=args.python,
+        archive=args.archive,
+    )
+    command = command_line(job, args.address)
+    result: dict[str, Any] = {"archive": str(job.archive), "command": command, "out": args.out}
+    talk = sys.stderr if args.json == "-" else sys.stdout
+    print(describe(job), command, sep="\n", file=talk, flush=True)
+    if args.dry_run:
+        _emit(args.json, result, "nothing was sent")
+        return 0
+    client = connect(args.address)
+    job_id = result["job_id"] = submit(job, client)
+    print(f"job {job_id} at {args.address}", file=talk, flush=True)
+    if args.no_wait:
+        _emit(args.json, result, how_to_go_on(job_id, args.address))
+        return 0
+    try:
+        result |= follow(client, job_id, lambda text: print(text, end="", file=talk, flush=True))
+    except (KeyboardInterrupt, OSError) as error:
+        is_left = isinstance(error, KeyboardInterrupt)
+        why = "left alone" if is_left else f"out of reach ({error})"
+        print(f"\n{why}, the job goes on:\n{how_to_go_on(job_id, args.address)}", file=sys.stderr)
+        return 130 if is_left else 1
+    _emit(args.json, result, f"{result['status']}: {result['message']}")
+    return result["exit_code"]
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from ssl2rl_ray.evaluate import evaluate, format_report
 
@@ -646,6 +690,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--dry-run", action="store_true", help="say what would run, start nothing")
     sub.add_argument("--resume", action="store_true", help="run what is not finished yet")
+    with_json(sub)
+
+    sub = command("submit", _submit, "run or sweep on a cluster, as a Ray job")
+    sub.add_argument("config", metavar="CONFIG", help="of a run or a sweep")
+    sub.add_argument(
+        "--address", default="http://127.0.0.1:8265", metavar="URL", help="dashboard (%(default)s)"
+    )
+    sub.add_argument(
+        "--out", required=True, metavar="DIR", help="absolute, on storage that every node sees"
+    )
+    sub.add_argument("--set", action="append", default=[], metavar="a.b=c", help="repeatable")
+    sub.add_argument("--resume", action="store_true", help="go on with what is in DIR")
+    sub.add_argument("--num-gpus", type=float, default=0, help="of a run (%(default)s)")
+    sub.add_argument("--python", default="python", help="of the nodes (%(default)s)")
+    sub.add_argument(
+        "--archive", metavar="ZIP", help="what is sent is kept there (runs/submitted/NAME-HASH.zip)"
+    )
+    sub.add_argument("--no-wait", action="store_true", help="do not follow the job")
+    sub.add_argument("--dry-run", action="store_true", help="say what would be sent, send nothing")
     with_json(sub)
 
     sub = command("evaluate", _evaluate, "play a policy and say what it earned")
