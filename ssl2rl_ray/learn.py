@@ -69,7 +69,8 @@ def learn(config: Any, run: RunDirectory, algorithm: Any, task: Task) -> Row:
         look = functools.partial(_look, run, algorithm, task, board)
         interrupted = stack.enter_context(on_interrupt())  # before the first sign of life
         if not first_step:
-            board.begin(to_dict(config), to_yaml(config), task.criterion)
+            if not run.is_stage:
+                board.begin(to_dict(config), to_yaml(config))
             look({})
         clock = _Clock(first_step)
         next_look = _next_multiple(first_step, training.evaluation_interval_steps)
@@ -98,6 +99,8 @@ _TOLD = {
     "curr_entropy_coeff": "entropy_weight",
     "gradients_default_optimizer_global_norm": "gradient_norm",
     "default_optimizer_learning_rate": "learning_rate",
+    "step_size": "step_size",
+    "log_ratio": "log_ratio",
 }
 """RLlib's name -> ours; each learner has some of them."""
 
@@ -133,8 +136,16 @@ def _look(run: RunDirectory, algorithm: Any, task: Task, board: TensorBoard, row
     if run.best == saved:
         _keep_best(run)
     run.log(row)
-    board.log(row, algorithm.num_env_steps)
+    board.log({**row, **_criterion(run, task, row, is_candidate)}, algorithm.num_env_steps)
     task.progress(row)
+
+
+def _criterion(run: RunDirectory, task: Task, row: Row, is_candidate: bool) -> Row:
+    """For TensorBoard: what every kind of run is compared by, under one name."""
+    last, best = row[task.criterion], (run.best_checkpoint or {}).get("value")
+    if is_candidate:
+        best = last if best is None else max(best, last)
+    return {"criterion/last": last, "criterion/best": best}
 
 
 def _keep_best(run: RunDirectory) -> None:

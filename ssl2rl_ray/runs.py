@@ -181,6 +181,11 @@ class RunDirectory:
         """True for ``create`` and ``resume``, until closed."""
         return self._lock is not None
 
+    @property
+    def is_stage(self) -> bool:
+        """Whether it is part of another run, in whose folder it lies."""
+        return any(_is_run(folder) for folder in self.path.parents)
+
     # ------------------------------------------------------------ how a run ends
 
     def finish(self, status: str, error: str | None = None) -> None:

@@ -1,21 +1,27 @@
-"""Curves of a run for TensorBoard, all against env steps (or epochs), so that runs compare.
+"""What a run writes for TensorBoard: one tree of tags for all kinds and algorithms.
 
-| what | tag |
-|---|---|
-| every number of a row of metrics.jsonl | its key, such as ``validation/episode_return`` |
-| the merged config | text ``config``, at step 0 |
-| hyperparameters | the HPARAMS tab, from the start on, beside the metric that validation goes by |
-| the map of a tour | image ``map``, at the end (kind navigation) |
-| reliability, confusion, mistakes | images of those names, at the end (kind perception) |
+``docs/tensorboard.md`` lists the tags; a test holds it against what is written. The rules:
 
-A resumed run goes on in a new event file of the same folder and takes out the points at and above
-the step where it goes on.
+- The step of every point is env steps (epochs of a classifier, rounds of the loop), so that
+  algorithms compare whatever an iteration is to them.
+- The time of every point is the time of training. A resumed run goes on where its kept part ended
+  in time as well: points at and above the step where it goes on are taken out, later ones are
+  stamped without the pause. TensorBoard's horizontal axis "Relative" is then the wall clock of
+  training, and no curve has to be written twice.
+- Hyperparameters are there from the start, without the list of columns that TensorBoard's own
+  helper writes beside them: TensorBoard takes that list from one run for all, and would hide what
+  only another algorithm has. Without it, it takes all hyperparameters, those that differ first,
+  and shows the last value of every tag beside them, live.
 """
+
+# protobuf makes its messages at run time:
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +30,18 @@ from typing import Any, Self
 import numpy as np
 
 from ssl2rl_ray.runs import STEPS
+
+_NOT_COMPARED = ("kind", "compute")
+"""Sections that are no hyperparameters ..."""
+_NOT_COMPARED_ENDS = (
+    "num_torch_threads",
+    "is_buffer_saved",
+    "evaluation_interval_steps",
+    "evaluation_interval_epochs",
+    "pseudo_labels",
+    "initial",
+)
+"""... and fields that are none: where and how often, files."""
 
 
 class TensorBoard:
@@ -34,38 +52,59 @@ class TensorBoard:
 
         Args:
             folder: where TensorBoard is pointed at; made where it is missing.
-            first_step: > 0 for a resumed run: points at and above it are taken out.
+            first_step: > 0 for a resumed run: points at and above it are taken out, and time goes
+                on from the last point below it.
         """
         logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about TensorFlow
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
+        self._pause_s = self._trained_s = 0.0
+        self._is_session = False
+        if first_step:
+            self._go_on(first_step)
         self._writer = SummaryWriter(str(folder), purge_step=first_step if first_step else None)
 
-    def begin(self, config: Mapping[str, Any], config_text: str, metric: str) -> None:
+    def begin(self, config: Mapping[str, Any], config_text: str) -> None:
         """Notes what was asked for: hyperparameters (nested plain values), the config as YAML.
 
-        ``metric`` is the tag that stands beside the hyperparameters.
+        The run counts as running in the tab HPARAMS until it is closed without an error.
         """
-        from torch.utils.tensorboard.summary import hparams
+        from tensorboard.plugins.hparams import plugin_data_pb2
 
-        self._writer.add_text("config", f"```yaml\n{config_text}\n```", 0)
-        for summary in hparams(_flat(config), {metric: 0.0}):
-            self._file.add_summary(summary)
-        self._writer.flush()
+        self.text("config", f"```yaml\n{config_text}\n```", 0)
+        session = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
+        for name, value in hyperparameters(config).items():
+            if isinstance(value, bool):
+                session.hparams[name].bool_value = value
+            elif isinstance(value, str):
+                session.hparams[name].string_value = value
+            else:
+                session.hparams[name].number_value = value
+        self._add_session(session_start_info=session)
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """One point for each finite number of a metrics row; the rest is for metrics.jsonl."""
+        """One point for each finite number of a metrics row; the rest is for metrics.jsonl.
+
+        ``wall_s``, which a row counts from the last start, becomes that of the whole run.
+        """
+        now = self._now()
         for tag, value in row.items():
             if tag in STEPS or isinstance(value, bool) or not isinstance(value, Real):
                 continue
-            if np.isfinite(float(value)):
-                self._writer.add_scalar(tag, float(value), step)
+            number = float(value) + (self._trained_s if tag == "wall_s" else 0)
+            if np.isfinite(number):
+                self._writer.add_scalar(tag, number, step, walltime=now)
         self._writer.flush()
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
         """One picture, (H, W, 3) uint8."""
-        self._writer.add_image(tag, image, step, dataformats="HWC")
+        self._writer.add_image(tag, image, step, walltime=self._now(), dataformats="HWC")
+        self._writer.flush()
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Markdown."""
+        self._writer.add_text(tag, text, step, walltime=self._now())
         self._writer.flush()
 
     def bands(self, charts: Mapping[str, tuple[str, str, str]]) -> None:
@@ -78,10 +117,6 @@ class TensorBoard:
         """Ends the event file."""
         self._writer.close()
 
-    @property
-    def _file(self) -> Any:
-        return self._writer._get_file_writer()
-
     def __enter__(self) -> Self:
         """The writer itself."""
         return self
@@ -92,18 +127,79 @@ class TensorBoard:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Closes."""
+        """Closes; a run that ends without an error is finished.
+
+        Any other may be resumed, and TensorBoard believes the first end that it is told.
+        """
+        if kind is None and self._is_session:
+            from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+
+            end = plugin_data_pb2.SessionEndInfo(
+                status=api_pb2.STATUS_SUCCESS, end_time_secs=self._now()
+            )
+            self._add_session(session_end_info=end)
         self.close()
 
+    # ------------------------------------------------------------ how it is written
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | int | str]:
-    """Dotted names; lists and None, which hyperparameters cannot be, become text."""
-    flat: dict[str, bool | float | int | str] = {}
+    def _now(self) -> float:
+        return time.time() - self._pause_s
+
+    def _add_session(self, **content: Any) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+        self._is_session = "session_start_info" in content
+        data = plugin_data_pb2.HParamsPluginData(**content, version=metadata.PLUGIN_DATA_VERSION)
+        tag = metadata.SESSION_START_INFO_TAG if self._is_session else metadata.SESSION_END_INFO_TAG
+        value = Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data))
+        self._writer._get_file_writer().add_summary(Summary(value=[value]), 0, self._now())
+        self._writer.flush()
+
+    def _go_on(self, first_step: int) -> None:
+        """Takes time, seconds of training and session over from the kept part of the run."""
+        from tensorboard.plugins.hparams import metadata
+
+        last = None
+        for event in _events(self.folder):
+            for value in event.summary.value:
+                if value.tag == metadata.SESSION_START_INFO_TAG:
+                    self._is_session = True
+                if event.step >= first_step or value.WhichOneof("value") != "simple_value":
+                    continue
+                last = max(event.wall_time, last or event.wall_time)
+                if value.tag == "wall_s":
+                    self._trained_s = max(self._trained_s, value.simple_value)
+        if last is not None:
+            self._pause_s = max(time.time() - last, 0)
+
+
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """What is worth a column beside results: dotted names, plain values, lists as text.
+
+    Left out: what is not set, where a run ran and how often it was looked at, files and folders.
+    """
+    found: dict[str, bool | float | str] = {}
+    for name, value in _flat(config):
+        is_data = name.startswith("data.") and not isinstance(value, int | float)
+        is_section = name.split(".")[0] in _NOT_COMPARED
+        if value is None or is_data or is_section or name.split(".")[-1] in _NOT_COMPARED_ENDS:
+            continue
+        found[name] = value if isinstance(value, bool | float | int | str) else str(value)
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = (
-                value if isinstance(value, bool | float | int | str) else str(value)
-            )
-    return flat
+            yield f"{prefix}{name}", value
+
+
+def _events(folder: Path) -> Iterator[Any]:
+    """What is in the event files of a folder, the oldest first; a torn end is left out."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    for path in sorted(folder.glob("events.*")):
+        yield from LegacyEventFileLoader(str(path)).Load()

@@ -143,7 +143,7 @@ def _play_method(
         for k, record in enumerate(records):
             if (row := run.record(record)) is None:
                 if not k:
-                    board.begin(to_dict(task.config), to_yaml(task.config), "selection/accuracy")
+                    board.begin({"method": name, **to_dict(task.config)}, to_yaml(task.config))
 
                 def tell(what: str, share: float, k: int = k) -> None:
                     stage = f"{name} round {k}: {what}"
@@ -152,7 +152,7 @@ def _play_method(
 
                 row = play_round(task, name, k, run.path, tell=tell, is_last=k == num_rounds)
                 flat = scalars(row)
-                board.log(flat, k)
+                board.log({**flat, **_criterion([*rounds, row], task, method)}, k)
                 if not _is_logged(run, name, k):  # it may have been killed between the two
                     run.log({"method": name, "round": k, **flat})
                 run.write_record(record, row)
@@ -286,15 +286,22 @@ def _label(
 
 def kept_round(rounds: list[dict[str, Any]], criterion: str, task: Task, method: Method) -> int:
     """The best round by the selection squares, the first of equals; f_0 is one of them."""
-    duration = _duration(task, method)
+    values = [_value(row, criterion, task, method) for row in rounds]
+    return values.index(max(values))
 
-    def value(row: dict[str, Any]) -> float:
-        if criterion == "reward":
-            return row["return"]["selection"][duration]["episode_return"]
-        found = row["classifier"]["selection"][criterion]
-        return -math.inf if found is None else found  # the AUC of labels of one kind
 
-    return max(range(len(rounds)), key=lambda k: value(rounds[k]))
+def _value(row: dict[str, Any], criterion: str, task: Task, method: Method) -> float:
+    """Of a round, by which it is kept or not."""
+    if criterion == "reward":
+        return row["return"]["selection"][_duration(task, method)]["episode_return"]
+    found = row["classifier"]["selection"][criterion]
+    return -math.inf if found is None else found  # the AUC of labels of one kind
+
+
+def _criterion(rounds: list[dict[str, Any]], task: Task, method: Method) -> dict[str, float]:
+    """For TensorBoard: what every kind of run is compared by, under one name."""
+    values = [_value(row, task.config.loop.selection, task, method) for row in rounds]
+    return {"criterion/last": values[-1], "criterion/best": max(values)}
 
 
 def _duration(task: Task, method: Method) -> str:

@@ -224,14 +224,15 @@ class _Log:
         self.board = TensorBoard(
             run.path / "tensorboard", first_step=epochs_done + 1 if epochs_done else 0
         )
-        if not epochs_done:
-            self.board.begin(to_dict(config), to_yaml(config), "validation/accuracy")
+        if not epochs_done and not run.is_stage:
+            self.board.begin(to_dict(config), to_yaml(config))
 
     def row(self, row: dict[str, Any]) -> None:
         self.last_epoch = row["epoch"]
         row = {**row, "wall_s": time.perf_counter() - self._started}
         self.run.log(row)
-        self.board.log(row, row["epoch"])
+        told = {"criterion/last": row.get("validation/accuracy")}
+        self.board.log({**row, **told}, row["epoch"])
         self.progress({**row, "num_epochs": self.num_epochs})
         self._num_collapsed = self._num_collapsed + 1 if row.get("is_collapsed") else 0
         if self._num_collapsed == _COLLAPSED_EPOCHS:
