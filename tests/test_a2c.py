@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -46,19 +45,9 @@ from ssl2rl_ray.train import train  # noqa: E402
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(400),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.usefixtures("local_ray"),
 ]
 RECIPES = {"a2c": NavigationA2CConfig, "ppo": NavigationPPOConfig}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def rows_env(*, num_envs, seed):

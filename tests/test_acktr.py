@@ -1,7 +1,5 @@
 """ACKTR on RLlib: what its Fisher matrix is of, how far a step goes, going on."""
 
-import warnings
-
 import pytest
 import torch
 
@@ -28,18 +26,7 @@ from ssl2rl_ray.train import train  # noqa: E402
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(400),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def build(recipe=None, seed=0):

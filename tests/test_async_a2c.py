@@ -1,8 +1,6 @@
 """Asynchronous A2C on RLlib: V-trace in its learner, fragments as they come, runners that die."""
 
 import types
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,24 +18,7 @@ from ssl2rl_ray.recipes import NavigationAsyncA2CConfig  # noqa: E402
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(400),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ray.init(
-            num_cpus=4,  # two algorithms of two runners each
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
-        )
-    yield
-    ray.shutdown()
 
 
 def build(recipe=None, training=None):

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -486,33 +484,13 @@ def test_the_command_prints_a_table_and_where_the_page_is(two_groups, tmp_path, 
     assert "holds no earlier comparison" in capsys.readouterr().err
 
 
-def test_neither_torch_nor_ray_is_loaded(two_groups, tmp_path):
-    code = (
-        "import sys; from ssl2rl_ray.cli import main; code = main(sys.argv[1:]); "
-        "print('loaded:', *sorted({'torch', 'ray'} & set(sys.modules))); sys.exit(code)"
-    )
-    words = ["compare", str(two_groups), "--out", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "loaded:"
+def test_neither_torch_nor_ray_is_loaded(two_groups, loaded_by, tmp_path):
+    assert loaded_by("compare", str(two_groups), "--out", str(tmp_path / "out")) == []
 
 
 @pytest.mark.slow
-def test_a_browser_shows_the_page_without_overflow(two_tasks, tmp_path):
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next((path for name in names if (path := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip(f"no browser here ({', '.join(names)}): the page is not looked at")
+def test_a_browser_shows_the_page_without_overflow(two_tasks, page_widths, tmp_path):
     page = write_comparison(compare([two_tasks], tasks=["env.budget_min"]), tmp_path / "out")
-    probe = "<script>document.title = [document.documentElement.scrollWidth, innerWidth]</script>"
-    page.write_text(page.read_text().replace("</body>", probe + "</body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
     for width in (1200, 500):
-        done = subprocess.run(
-            [browser, *flags, f"--window-size={width},900", "--dump-dom", page.as_uri()],
-            capture_output=True, text=True, timeout=60, check=True,
-        )  # fmt: skip
-        found = re.search(r"<title>(\d+),(\d+)</title>", done.stdout)
-        assert found, done.stdout[:500]
-        assert int(found[1]) <= int(found[2]) <= width
+        content, window = page_widths(page, width)
+        assert content <= window <= width

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -40,18 +39,8 @@ from ssl2rl_ray.train import train  # noqa: E402
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(240),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.usefixtures("local_ray"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 class Rows(VectorEnv):

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -51,18 +50,8 @@ from ssl2rl_ray.tuning import train as tuning_room  # noqa: E402
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(400),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.usefixtures("local_ray"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def rows_env(*, num_envs, seed):
