@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} is damaged ({reason}): remove that folder and resume again, from the "
             "checkpoint before it"
         ) from error
+
+
+def write_state(state: dict[str, Any], checkpoint: Path) -> None:
+    """What ``read_state`` reads, into a checkpoint folder."""
+    stream = io.BytesIO()  # torch tells a full disk as a bug of its own
+    torch.save(state, stream)
+    (checkpoint / "state.pt").write_bytes(stream.getbuffer())
 
 
 def to_tensors(state: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ssl2rl_ray.checkpoint import read_state, weights_hash
+from ssl2rl_ray.checkpoint import read_state, weights_hash, write_state
 from ssl2rl_ray.runs import RunDirectory, on_interrupt
 from ssl2rl_ray.schema import to_dict, to_yaml
 from ssl2rl_ray.tensorboard import TensorBoard
@@ -61,14 +61,16 @@ def learn(config: Any, run: RunDirectory, algorithm: Any, task: Task) -> Row:
     """
     training = config.training
     with contextlib.ExitStack() as stack:
-        if run.latest is not None:
-            algorithm.restore_checkpoint(read_state(run.latest))
+        if is_begun := (latest := run.latest) is not None:
+            algorithm.restore_checkpoint(read_state(latest))
             _keep_best(run)  # it may have been killed between the two
         first_step = algorithm.num_env_steps
-        board = stack.enter_context(TensorBoard(run.path / "tensorboard", first_step=first_step))
+        board = stack.enter_context(
+            TensorBoard(run.path / "tensorboard", first_step=first_step + 1 if is_begun else 0)
+        )
         look = functools.partial(_look, run, algorithm, task, board)
         interrupted = stack.enter_context(on_interrupt())  # before the first sign of life
-        if not first_step:
+        if not is_begun:
             if not run.is_stage:
                 board.begin(to_dict(config), to_yaml(config))
             look({})
@@ -126,17 +128,17 @@ def _look(run: RunDirectory, algorithm: Any, task: Task, board: TensorBoard, row
     is_candidate = algorithm.num_updates > 0
 
     def write(folder: Path) -> None:
-        torch.save(task.checkpoint(), folder / "state.pt")
+        write_state(task.checkpoint(), folder)
         (folder / "policy").mkdir()
         task.save_policy(weights, folder / "policy")
 
+    run.log(row)  # before the checkpoint: a run killed between the two says this row once more
+    board.log({**row, **_criterion(run, task, row, is_candidate)}, algorithm.num_env_steps)
     saved = run.save_checkpoint(
         algorithm.num_env_steps, write, value=row[task.criterion] if is_candidate else None
     )
     if run.best == saved:
         _keep_best(run)
-    run.log(row)
-    board.log({**row, **_criterion(run, task, row, is_candidate)}, algorithm.num_env_steps)
     task.progress(row)
 
 
@@ -155,7 +157,8 @@ def _keep_best(run: RunDirectory) -> None:
 
 
 def _copy_policy(checkpoint: Path, folder: Path) -> None:
-    shutil.copytree(checkpoint / "policy", folder, dirs_exist_ok=True)
+    for file in (checkpoint / "policy").iterdir():  # copytree hides the reason of an error
+        shutil.copyfile(file, folder / file.name)
 
 
 def _finish(run: RunDirectory, algorithm: Any, task: Task) -> Row:

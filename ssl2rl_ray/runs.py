@@ -12,12 +12,15 @@
                       perception or navigation for each stage; round.json once a round is complete
 
 Files other than ``metrics.jsonl`` appear whole or not at all: written under a temporary name,
-synced, renamed. No torch and no Ray: what is in a checkpoint is its writer's business.
+synced, renamed. Rows are logged before the checkpoint of the same step: a run killed between the
+two says the row once more, and none is lost. No torch and no Ray: what is in a checkpoint is its
+writer's business.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -28,6 +31,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -51,6 +55,10 @@ FORMAT_VERSION = 1
 STEPS = ("num_env_steps", "epoch")
 """What counts the progress of a run: the first of them that a row of metrics has."""
 _PACKAGES = ("ray", "torch", "numpy", "gymnasium", "pandas", "pyarrow", "scipy")
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Of an OSError: nothing can be written there, and a user can change that."""
 
 
 class RunError(ValueError):
@@ -97,7 +105,7 @@ class RunDirectory:
             found = sorted(entry.name for entry in folder.iterdir())
         except OSError as error:
             raise RunError(f"cannot make the run directory {folder}: {error}") from error
-        if found:
+        if found and not _is_stillborn(found):
             if _is_run(folder):
                 raise RunError(
                     f"{folder} holds a run already: add --resume to go on with it, "
@@ -106,20 +114,20 @@ class RunDirectory:
             raise RunError(
                 f"{folder} is not empty ({found[0]!r}) and not a run: choose another --run-dir"
             )
-        run = cls(folder, acquire_lock(folder))
-        write_text(folder / "config.yaml", to_yaml(config))
-        run._write_manifest(
-            {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "kind": config.kind,
-                "seed": config.seed,
-                "data_hashes": dict(data_hashes or {}),
-                "git_revision": _git_revision(Path(__file__).resolve().parents[1]),
-                "status": "running",
-                "attempts": [_attempt(argv)],
-            }
-        )
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "kind": config.kind,
+            "seed": config.seed,
+            "data_hashes": dict(data_hashes or {}),
+            "git_revision": _git_revision(Path(__file__).resolve().parents[1]),
+            "status": "running",
+            "attempts": [_attempt(argv)],
+        }
+        with _locked(folder) as lock:
+            run = cls(folder, lock)
+            write_text(folder / "config.yaml", to_yaml(config))
+            run._write_manifest(manifest)
         return run
 
     @classmethod
@@ -150,13 +158,16 @@ class RunDirectory:
                 f"{run.path} was begun on other data: {begun_on}, now {dict(data_hashes)}: "
                 "start another --run-dir"
             )
-        run._lock = acquire_lock(run.path)
-        run._mend_metrics()
-        run._remove_leftovers()
-        manifest = run.manifest  # again: until the lock was ours, another writer may have ended
-        manifest["status"] = "running"
-        manifest["attempts"].append(_attempt(argv))
-        run._write_manifest(manifest)
+        with _locked(run.path) as run._lock:
+            run._mend_metrics()
+            run._remove_leftovers()
+            manifest = run.manifest  # again: until the lock was ours, another writer may have ended
+            manifest["status"] = "running"
+            attempt = _attempt(argv)
+            if last := run.checkpoints[-1:]:
+                attempt["resumed_at"] = last[0]["step"]
+            manifest["attempts"].append(attempt)
+            run._write_manifest(manifest)
         return run
 
     @classmethod
@@ -190,15 +201,16 @@ class RunDirectory:
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Notes the end (``finished``, ``failed``, ``interrupted``) and gives the lock back."""
-        if not self.is_writer:
+        if self._lock is None:
             return
-        manifest = self.manifest
-        manifest["status"] = status
-        manifest["attempts"][-1] |= {"finished": _now(), "status": status, "error": error}
-        self._write_manifest(manifest)
-        assert self._lock is not None
-        os.close(self._lock)
-        self._lock = None
+        try:
+            manifest = self.manifest
+            manifest["status"] = status
+            manifest["attempts"][-1] |= {"finished": _now(), "status": status, "error": error}
+            self._write_manifest(manifest)
+        finally:  # the process may go on, and another one with the run
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> Self:
         """The writer itself."""
@@ -210,13 +222,20 @@ class RunDirectory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Finished, interrupted (Ctrl-C) or failed."""
-        if kind is None:
-            self.finish("finished")
-        elif issubclass(kind, KeyboardInterrupt):
-            self.finish("interrupted")
-        else:
-            self.finish("failed", f"{kind.__name__}: {error}")
+        """Finished, interrupted (Ctrl-C) or failed; a full disk is told with what to do next."""
+        try:
+            if kind is None:
+                self.finish("finished")
+            elif issubclass(kind, KeyboardInterrupt):
+                self.finish("interrupted")
+            else:
+                self.finish("failed", f"{kind.__name__}: {error}")
+        except OSError as last:
+            error = error or last  # what ended the run counts
+        if isinstance(error, OSError) and (told := _told(error, self.path)) is not error:
+            raise told from error
+        if kind is None and error is not None:
+            raise error
 
     @property
     def status(self) -> str:
@@ -253,30 +272,29 @@ class RunDirectory:
         self._check_writer()
         row = {"attempt": len(self.manifest["attempts"]) - 1, "time": _now(), **row}
         line = json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False)
-        descriptor = os.open(
-            self.path / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
-        )
-        try:
-            os.write(descriptor, (line + "\n").encode())  # one write: a kill cuts at most this row
-        finally:
-            os.close(descriptor)
+        _append(self.path / "metrics.jsonl", (line + "\n").encode())
 
     def metrics(self) -> pd.DataFrame:
         """All rows in order; a damaged line (the last one after a kill) is left out.
 
-        Where a resumed run went over the same steps (``STEPS``) again, the later rows count.
+        Where a resumed run went over the same steps (``STEPS``) again, the later rows count: those
+        of an attempt up to the checkpoint that the next one went on from.
         """
         rows = [row for line in self._metric_lines() if (row := _json_object(line)) is not None]
-        begins: dict[int, float] = {}  # the step at which each attempt began
-        for row in rows:
-            if (step := _step(row)) is not None:
-                begins.setdefault(row.get("attempt", 0), step)
+        ends: dict[int, float] = {  # of each attempt: the last step of those before it that counts
+            number: attempt["resumed_at"]
+            for number, attempt in enumerate(self.manifest["attempts"])
+            if "resumed_at" in attempt
+        }
+        for row in rows:  # begun anew, or by a program that did not note it: before its first row
+            if (step := _step(row)) is not None and row.get("attempt", 0):
+                ends.setdefault(row["attempt"], math.nextafter(step, -math.inf))
 
         def is_current(row: dict[str, Any]) -> bool:
             step, attempt = _step(row), row.get("attempt", 0)
             if step is None:
                 return True
-            return all(step < begin for later, begin in begins.items() if later > attempt)
+            return all(step <= end for later, end in ends.items() if later > attempt)
 
         return pd.DataFrame([row for row in rows if is_current(row)])
 
@@ -327,6 +345,7 @@ class RunDirectory:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        _sync(self.path / "metrics.jsonl")  # its rows came first
         entries = [*self.checkpoints, {"name": name, "step": step}]
         entries[-1]["value"] = _plain(value)
         best = _best(entries)
@@ -501,14 +520,38 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def _append(path: Path, data: bytes) -> None:
+    """Adds to a file, all or nothing; a kill cuts at most these bytes."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            while data:  # a disk that is nearly full takes a part, and says so the next time
+                data = data[os.write(descriptor, data) :]
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _told(error: OSError, folder: Path) -> OSError:
+    """The error of a disk that takes nothing more, with where that is and what to do next."""
+    hint = "what is there is whole, and --resume goes on once it can be written again"
+    if error.errno not in _NO_ROOM or hint in str(error):
+        return error
+    return OSError(error.errno, f"{os.strerror(error.errno)} while writing {folder}; {hint}")
 
 
 def _free_name(root: Path, name: str) -> str:
@@ -528,15 +571,40 @@ def _best(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
 def acquire_lock(folder: Path) -> int:
     """Holds the folder's lock until the descriptor is closed or the process ends; or RunError."""
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    for pause_s in (0.01, 0.05, 0.2, None):  # a reader that looks holds it for a moment
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError:
+            if pause_s is not None:
+                time.sleep(pause_s)
+    os.close(descriptor)
+    raise RunError(f"another process is writing to {folder}: wait for it, or choose another folder")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """The folder's lock; given back where what is done within fails, which is then a RunError."""
+    lock = None
     try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise RunError(
-            f"another process is writing to {folder}: wait for it, or choose another folder"
-        ) from None
-    return descriptor
+        lock = acquire_lock(folder)
+        yield lock
+    except BaseException as error:
+        if lock is not None:
+            os.close(lock)
+        if isinstance(error, OSError):
+            raise RunError(
+                f"cannot write to {folder}: {error}; mend that, and try again"
+            ) from error
+        raise
+
+
+def _is_stillborn(names: Sequence[str]) -> bool:
+    """Whether these are the files of a run that ended before its manifest was there."""
+    return ".lock" in names and all(
+        name in (".lock", "config.yaml") or name.startswith(".new-") for name in names
+    )
 
 
 def _is_locked(folder: Path) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +166,94 @@ def test_rows_that_a_resumed_run_went_over_again_are_superseded(tmp_path: Path) 
     rows = run.metrics().dropna(subset="num_env_steps")
     found = list(zip(rows["attempt"], rows["num_env_steps"], strict=True))
     assert found == [(0, 10), (1, 20), (2, 40)]
+
+
+def test_a_row_without_its_checkpoint_gives_way_to_that_of_the_resumed_run(tmp_path: Path) -> None:
+    """Killed between the two; other episodes then make the steps others: 1,041 and 1,044."""
+    path = tmp_path / "run"
+    with RunDirectory.create(path, CONFIG) as run:
+        for steps in (0, 548):
+            run.log({"num_env_steps": steps})
+            run.save_checkpoint(steps, fill("x"), value=1.0)
+        run.log({"num_env_steps": 1041})
+    with RunDirectory.resume(path, CONFIG) as run:
+        pass  # killed before its first row
+    assert run.metrics()["num_env_steps"].tolist() == [0, 548]
+    with RunDirectory.resume(path, CONFIG) as run:
+        run.log({"num_env_steps": 1044})
+    assert run.metrics()["num_env_steps"].tolist() == [0, 548, 1044]
+
+
+# ------------------------------------------------------------ a disk that takes nothing more
+
+
+def test_a_disk_that_takes_half_a_row_keeps_the_rows_before_it(tmp_path: Path, monkeypatch) -> None:
+    """As a disk does whose last block is nearly full: a part is written, then nothing."""
+    write, calls = os.write, []
+
+    def full(descriptor: int, data: bytes) -> int:
+        calls.append(len(data))
+        if len(calls) == 1:
+            return write(descriptor, data[:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as caught, RunDirectory.create(tmp_path / "run", CONFIG) as run:
+        run.log({"num_env_steps": 10})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            run.log({"num_env_steps": 20})
+    assert caught.value.errno == errno.ENOSPC and calls[1] == calls[0] - 7
+    assert f"while writing {tmp_path / 'run'}; what is there is whole, and --resume" in str(
+        caught.value
+    )
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.status == "failed" and run.metrics()["num_env_steps"].tolist() == [10]
+    with RunDirectory.resume(tmp_path / "run", CONFIG) as run:
+        run.log({"num_env_steps": 20})
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_where_the_manifest_cannot_be_written_the_run_is_let_go(tmp_path, monkeypatch) -> None:
+    """The process may live on, as a trial's does: the lock must not."""
+    path = tmp_path / "run"
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "_write_manifest", full)
+        with pytest.raises(RunError, match=r"cannot write to .*No space left on device"):
+            RunDirectory.create(path, CONFIG)
+    with pytest.raises(ZeroDivisionError), RunDirectory.create(path, CONFIG) as run:  # begun anew
+        monkeypatch.setattr(RunDirectory, "_write_manifest", full)
+        _ = 1 / 0  # told, whatever becomes of the manifest
+    assert not run.is_writer and RunDirectory.open(path).status == "interrupted"
+    with pytest.raises(RunError, match=r"cannot write to .*No space left on device"):
+        RunDirectory.resume(path, CONFIG)
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="while writing"), RunDirectory.resume(path, CONFIG):
+        monkeypatch.setattr(RunDirectory, "_write_manifest", full)
+    monkeypatch.undo()
+    with RunDirectory.resume(path, CONFIG):
+        pass
+    assert RunDirectory.open(path).status == "finished"
+
+
+def test_who_only_looks_keeps_no_writer_away(tmp_path: Path) -> None:
+    """A reader of the status holds the lock for a moment; a file that is not ours stays."""
+    with RunDirectory.create(tmp_path / "run", CONFIG):
+        pass
+    reader = os.open(tmp_path / "run" / ".lock", os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    timer = threading.Timer(0.03, os.close, [reader])
+    timer.start()
+    with RunDirectory.resume(tmp_path / "run", CONFIG):
+        pass
+    timer.join()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").touch()
+    with pytest.raises(RunError, match="not empty"):
+        RunDirectory.create(tmp_path / "mine", CONFIG)
 
 
 @settings(max_examples=60, deadline=None)

@@ -167,15 +167,16 @@ def check_room(num_workers: int, num_cpus: int, is_on_gpu: bool) -> None:
 
 def report(content: dict[str, Any] | None, state: dict[str, Any] | None) -> None:
     """In a worker: hands rows and a state (for ``torch.save``) on; every rank calls it."""
-    import torch
     from ray import train
     from ray.train import Checkpoint
+
+    from ssl2rl_ray.checkpoint import write_state
 
     if state is None:
         train.report({"content": content})
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(state, Path(folder) / "state.pt")
+        write_state(state, Path(folder))
         train.report({"content": content}, checkpoint=Checkpoint.from_directory(folder))
 
 

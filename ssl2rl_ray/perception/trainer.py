@@ -7,8 +7,8 @@ surrounds it. Everything random hangs on ``config.seed``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import io
 import shutil
 import sys
 import threading
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ssl2rl_ray.checkpoint import read_state
+from ssl2rl_ray.checkpoint import read_state, write_state
 from ssl2rl_ray.config import PerceptionRunConfig, check
 from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.local_ray import local_ray
@@ -244,13 +244,7 @@ class _Log:
             )
 
     def save(self, epoch: int, state: dict[str, Any]) -> None:
-        stream = io.BytesIO()  # torch tells a full disk as a bug of its own
-        torch.save(state, stream)
-
-        def write(folder: Path) -> None:
-            (folder / "state.pt").write_bytes(stream.getbuffer())
-
-        self.run.save_checkpoint(epoch, write)
+        self.run.save_checkpoint(epoch, functools.partial(write_state, state))
 
     def keep(self, epoch: int, saved: Path) -> None:
         """A state that a worker saved; gone already where two newer ones follow."""
