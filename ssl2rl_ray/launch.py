@@ -103,5 +103,5 @@ def _leave_map(run: RunDirectory, config: Any, num_env_steps: int) -> None:
         else draw_session(np.random.default_rng(0), config.sessions.preset)
     )
     image = draw_tour(contestant(str(run.path)), table, navigation_config(config.env))
-    with TensorBoard(run.path / "tensorboard") as board:
+    with TensorBoard(run.path / "tensorboard", first_step=num_env_steps + 1) as board:
         board.image("map", image, num_env_steps)

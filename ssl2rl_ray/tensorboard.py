@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from envs.cryoem.types import FloatArray
 from ssl2rl_ray.runs import STEPS
 
 _NOT_COMPARED = ("kind", "compute")
@@ -44,6 +46,18 @@ _NOT_COMPARED_ENDS = (
 """... and fields that are none: where and how often, files."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Curve:
+    """The points of one tag."""
+
+    step: FloatArray
+    """(P,) ascending."""
+    time_s: FloatArray
+    """(P,) seconds since 1970, of resumed runs without the pauses."""
+    value: FloatArray
+    """(P,)"""
+
+
 class TensorBoard:
     """Writes the events of one run; a context manager."""
 
@@ -52,7 +66,7 @@ class TensorBoard:
 
         Args:
             folder: where TensorBoard is pointed at; made where it is missing.
-            first_step: > 0 for a resumed run: points at and above it are taken out, and time goes
+            first_step: points at and above it are taken out; > 0 for a resumed run, whose time goes
                 on from the last point below it.
         """
         logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about TensorFlow
@@ -63,7 +77,7 @@ class TensorBoard:
         self._is_session = False
         if first_step:
             self._go_on(first_step)
-        self._writer = SummaryWriter(str(folder), purge_step=first_step if first_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def begin(self, config: Mapping[str, Any], config_text: str) -> None:
         """Notes what was asked for: hyperparameters (nested plain values), the config as YAML.
@@ -83,12 +97,17 @@ class TensorBoard:
                 session.hparams[name].number_value = value
         self._add_session(session_start_info=session)
 
-    def log(self, row: Mapping[str, Any], step: int) -> None:
+    def log(self, row: Mapping[str, Any], step: int, *, time_s: float | None = None) -> None:
         """One point for each finite number of a metrics row; the rest is for metrics.jsonl.
 
         ``wall_s``, which a row counts from the last start, becomes that of the whole run.
+
+        Args:
+            row: of metrics.
+            step: env steps, or epochs, or rounds.
+            time_s: of the point, in seconds since 1970; None = now.
         """
-        now = self._now()
+        now = self._now() if time_s is None else time_s
         for tag, value in row.items():
             if tag in STEPS or isinstance(value, bool) or not isinstance(value, Real):
                 continue
@@ -203,3 +222,25 @@ def _events(folder: Path) -> Iterator[Any]:
 
     for path in sorted(folder.glob("events.*")):
         yield from LegacyEventFileLoader(str(path)).Load()
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """The curves in a folder of events as TensorBoard shows them, by tag; none where it is empty.
+
+    Curves of folders below are left out.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not any(folder.glob("events.*")):
+        return {}
+    events = EventAccumulator(str(folder), {"scalars": 0, "images": 1, "tensors": 1})
+    events.Reload()
+    points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    return {
+        tag: Curve(
+            step=np.array([p.step for p in own], np.float64),
+            time_s=np.array([p.wall_time for p in own]),
+            value=np.array([p.value for p in own]),
+        )
+        for tag, own in points.items()
+    }

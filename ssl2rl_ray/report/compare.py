@@ -162,15 +162,11 @@ def _read(path: Path, kind: str, metric: str) -> Trained:
     score = rows.loc[is_scored, metric].to_numpy(np.float64)[order]
     chosen = run.best_checkpoint
     at_best = np.flatnonzero(x[order] == chosen["step"]) if chosen else []
-    hashes = manifest.get("data_hashes") or {}
     return Trained(
         path=path,
         seed=run.config.seed,
         status=run.status,
-        asked={
-            name: _by_content(value, hashes) if name.startswith("data.") else value
-            for name, value in _flat(to_dict(run.config))
-        },
+        asked=_settings(run),
         x_label={"num_env_steps": "env steps", "epoch": "epochs"}.get(x_label, x_label),
         x=x[order],
         wall_s=np.maximum.accumulate(wall_s[is_scored][order]),
@@ -178,6 +174,19 @@ def _read(path: Path, kind: str, metric: str) -> Trained:
         best=float(score[at_best[-1]]) if len(at_best) else math.nan,
         hardware=json.dumps((manifest.get("attempts") or [{}])[-1].get("hardware")),
     )
+
+
+def _settings(run: RunDirectory) -> dict[str, Any]:
+    hashes = run.manifest.get("data_hashes") or {}
+    return {
+        name: _by_content(value, hashes) if name.startswith("data.") else value
+        for name, value in _flat(to_dict(run.config))
+    }
+
+
+def learned_settings(run: RunDirectory) -> dict[str, Any]:
+    """Every setting that makes a group, by its dotted name; datasets by their content's hash."""
+    return {n: v for n, v in _settings(run).items() if not _is_in(n, _NOT_LEARNED)}
 
 
 def _wall_s(rows: Any) -> FloatArray:
@@ -714,6 +723,23 @@ def _end(last: Sequence[float]) -> float:
     return max(last) if max(last) <= _TOGETHER * min(last) else min(last)
 
 
+def _looks(x: Sequence[FloatArray]) -> FloatArray:
+    """(G,) where curves are looked at: at every point of theirs, within reason."""
+    looks = np.unique(np.concatenate(x))
+    return np.linspace(looks[0], looks[-1], _MAX_POINTS) if len(looks) > _MAX_POINTS else looks
+
+
+def _within(looks: FloatArray, x: Sequence[FloatArray]) -> FloatArray:
+    """The looks from where all runs have begun to the end of their curve."""
+    begin, end = max(own[0] for own in x), _end([own[-1] for own in x])
+    return looks[(looks >= begin) & (looks <= end)]
+
+
+def curve_grid(x: Sequence[FloatArray]) -> FloatArray:
+    """(G,) at which a curve over R runs is drawn; ``x`` are the (P,) of the runs, ascending."""
+    return _within(_looks(x), x)
+
+
 def _curves(
     groups: Sequence[Group],
     tasks: Sequence[str],
@@ -726,14 +752,11 @@ def _curves(
     panels = []
     for task in tasks:
         curves = {g.label: [(x_of(run), run.score) for run in g.runs[task]] for g in groups}
-        looks = np.unique(np.concatenate([x for own in curves.values() for x, _ in own]))
-        if len(looks) > _MAX_POINTS:
-            looks = np.linspace(looks[0], looks[-1], _MAX_POINTS)
+        looks = _looks([x for own in curves.values() for x, _ in own])
         for name, statistic in (("interquartile mean", interquartile_mean), ("mean", np.mean)):
             lines = []
             for i, (label, own) in enumerate(curves.items()):
-                begin, end = max(x[0] for x, _ in own), _end([x[-1] for x, _ in own])
-                at = looks[(looks >= begin) & (looks <= end)]
+                at = _within(looks, [x for x, _ in own])
                 if not len(at):
                     continue
                 rng = np.random.default_rng(_SEED)
