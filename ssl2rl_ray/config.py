@@ -490,6 +490,8 @@ def load_config(
     """
     source = "config" if path is None else os.fspath(path)
     values = {} if path is None else read_yaml(source)
+    if "base" in values and "space" in values:
+        raise ConfigError([f"is a sweep of many runs: `ssl2rl sweep {source} --out DIR`"], source)
     for override in overrides:
         apply_override(values, override)
     return from_dict(values, source)

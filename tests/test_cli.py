@@ -13,7 +13,7 @@ import pytest
 from ssl2rl_ray.cli import main, write_bytes
 
 ROOT = Path(__file__).parents[1]
-SMOKE = ROOT / "tune_configs" / "smoke.yaml"
+SMOKE = ROOT / "tune_configs" / "smoke_run.yaml"
 HOLE = "s_00001gr_00001sq_v01_0000{patch}hl_v01_0000{hole}en-a"
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,11 +26,22 @@ def test_there_are_configs():
         "fixmatch_paper",
         "navigation_dqn",
         "navigation_dqn_paper",
-        "smoke",
+        "smoke_run",
         "ssl2rl_demo",
         "ssl2rl_paper",
     }
-    assert {path.stem for path in SWEEPS} >= {"smoke_sweep", "ssl2rl_algorithms", "ssl2rl_mini"}
+    assert {path.stem for path in SWEEPS} >= {
+        "algorithms",
+        "crystfel",
+        "crystfel_search",
+        "duration",
+        "labeled_fraction",
+        "rounds",
+        "smoke",
+        "ssl2rl_algorithms",
+        "ssl2rl_mini",
+        "table1",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -45,6 +57,77 @@ def test_every_config_is_valid_and_survives_a_round_trip(path, tmp_path):
 def test_every_sweep_is_valid_and_fits_on_four_cores(path):
     room = Room(where="a laptop", num_cpus=4, num_gpus=0, largest_node_cpus=4)
     assert num_concurrent(load_sweep(path), room) >= 1
+
+
+def trials_of(name: str) -> dict[str, Any]:
+    return dict(load_sweep(FOLDER / f"{name}.yaml").trials)
+
+
+def test_the_smoke_sweep_is_of_the_smoke_run():
+    run = load_config(FOLDER / "smoke_run.yaml")
+    seeds = [dataclasses.replace(run, seed=seed) for seed in (0, 1)]
+    assert trials_of("smoke") == {"seed-0": seeds[0], "seed-1": seeds[1]}
+
+
+def test_labelled_fractions_are_of_the_same_data_sets():
+    trials = trials_of("labeled_fraction")
+    assert len(trials) == 4 * 5
+    for percent in (5, 10, 20, 100):
+        trial = trials[f"{percent}-percent_seed-4"]
+        assert (trial.data.labelled_fraction, trial.seed) == (percent / 100, 4)
+        assert trial.data.preset == "y3-mini"
+    assert trials["20-percent_seed-0"].loop.methods[-1] == "ssl2rl-480"
+    assert trials["100-percent_seed-0"].loop.methods == ("full-labels",)
+    rest = dataclasses.replace(trials["5-percent_seed-2"], data=trials["20-percent_seed-2"].data)
+    assert rest == trials["20-percent_seed-2"]  # nothing else differs
+
+
+def test_durations_differ_in_the_budget_alone():
+    trials = trials_of("duration")
+    assert len(trials) == 4 * 5
+    base = trials_of("algorithms")["name-dqn_seed-3"]
+    for minutes in (120.0, 240.0, 360.0, 480.0):
+        env = dataclasses.replace(base.env, budget_min=minutes)
+        assert trials[f"budget_min-{minutes:.0f}_seed-3"] == dataclasses.replace(base, env=env)
+
+
+def test_rounds_go_to_ten_and_do_not_end_early():
+    trials = trials_of("rounds")
+    assert list(trials) == [f"seed-{i}" for i in range(5)]
+    loop = trials["seed-0"].loop
+    assert (loop.num_rounds, loop.max_fall) == (10, 1.0)
+    each = [f"space.loop.num_rounds={list(range(1, 11))}"]  # as the file says
+    assert len(load_sweep(FOLDER / "rounds.yaml", each).trials) == 5 * 10
+
+
+def test_table_1_is_the_papers_methods_and_fractions():
+    trials = trials_of("table1")
+    assert len(trials) == 5 * 3
+    paper = load_sweep(FOLDER / "ssl2rl_paper_mini.yaml").trials
+    trial = trials["seed-2_labelled_fraction-0.1"]
+    assert trial.loop.methods == load_config(FOLDER / "ssl2rl_paper.yaml").loop.methods
+    loop = dataclasses.replace(
+        trial.loop, methods=paper["seed-2_labelled_fraction-0.1"].loop.methods
+    )
+    assert dataclasses.replace(trial, loop=loop) == paper["seed-2_labelled_fraction-0.1"]
+
+
+def test_algorithms_tune_the_same_experiments_for_as_long():
+    trials = trials_of("crystfel")
+    assert len(trials) == 5 * 5
+    for name in ("ppo", "a2c", "acktr", "dqn", "rainbow"):
+        trial = trials[f"{name}_seed-1"]
+        assert (trial.algorithm.name, trial.seed) == (name, 1)
+        assert trial.training.num_env_steps == 800_000
+        assert (trial.env.action == "discrete") == (name in ("dqn", "rainbow"))
+    single = load_config(FOLDER / "crystfel_dqn.yaml")
+    assert dataclasses.replace(trials["dqn_seed-0"], seed=single.seed) == single
+
+
+def test_a_search_asks_for_twenty_points():
+    sweep = load_sweep(FOLDER / "crystfel_search.yaml")
+    assert (len(sweep.trials), sweep.tune.search, sweep.tune.scheduler) == (20, "optuna", "asha")
+    assert len(load_sweep(FOLDER / "crystfel_search.yaml", ["tune.search=random"]).trials) == 20
 
 
 def test_table_4_differs_from_the_mini_sweep_in_how_policies_learn_alone():

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
+import importlib.util
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ssl2rl_ray.config import RunConfig, from_dict
 from ssl2rl_ray.schema import ConfigError, apply_override, build, parse_yaml, read_yaml, to_dict
+from ssl2rl_ray.sweep.points import ROOT, draw, fields, grid, probes, space_problems, varied
 
-_MAX_TRIALS = 10_000
+_PARTS = ("base", "space", "tune")
 _MAX_NAME_BYTES = 200
+CRITERIA = {
+    "navigation": "validation/episode_return",
+    "crystfel": "validation/share_of_best",
+    "perception": "validation/accuracy",
+}
+"""What validation goes by, of each kind whose runs are one learning curve; higher is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """What each trial may use, and how many run at once."""
+    """What each trial may use, how many run at once, and which points are tried."""
 
     num_cpus: int | None = None
     """CPUs of a trial's process, and its torch threads.
@@ -39,6 +45,29 @@ class TuneConfig:
 
     A trial that ended with an error of its own is not: the same input would bring it again.
     """
+    trial_min: float | None = None
+    """Minutes of one trial, for the estimate of ``--dry-run`` until trials of the sweep tell."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """``grid``: all combinations of the lists of ``space``. ``random``: for each of ``num_samples``
+    draws from its distributions all combinations of its lists. ``optuna``: ``num_samples`` points,
+    each asked of Optuna's TPE when its trial begins (Bergstra et al. 2011)."""
+    num_samples: int | None = None
+    """Of search random and optuna."""
+    seed: int | None = None
+    """Of search random and optuna; None = 0."""
+    metric: str | None = None
+    """Column of metrics.jsonl that search optuna and scheduler asha go by; None = what validation
+    goes by."""
+    mode: Literal["max", "min"] | None = None
+    """Whether a higher (None, max) or lower (min) metric is better."""
+    scheduler: Literal["none", "asha"] = "none"
+    """``asha``: trials that are not among the best at a rung are stopped (Li et al. 2018,
+    arXiv:1810.05934). Rungs are at ``grace`` env steps or epochs, and at each ``reduction_factor``
+    times as many; at each the best 1 of ``reduction_factor`` of those that came there go on."""
+    grace: int | None = None
+    """asha: env steps or epochs that every trial gets; None = a ninth of ``base``'s."""
+    reduction_factor: int | None = None
+    """asha; None = 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +75,53 @@ class Sweep:
     """A sweep file, checked; ``base`` and ``space`` as plain values."""
 
     base: Mapping[str, Any]
-    space: Mapping[str, Sequence[Any]]
+    space: Mapping[str, Any]
     tune: TuneConfig
     trials: Mapping[str, RunConfig]
-    """The config of each trial by its name, in the order in which they are begun."""
+    """The config of each trial by its name, in the order in which they are begun.
+
+    With search optuna nobody knows them yet: each is at the first point of ``space``, which says
+    what the trial needs; ``config_of`` asks for its own.
+    """
+
+
+def read_sweep(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The plain values of a sweep file, its base in place: one file that says all.
+
+    Raises:
+        ConfigError: a file that cannot be read, or is no sweep.
+    """
+    return _read(os.fspath(path), ())
+
+
+def _read(source: str, readers: tuple[str, ...]) -> dict[str, Any]:
+    values = read_yaml(source)
+    if unknown := sorted(map(str, set(values) - set(_PARTS))):
+        hint = "" if set(values) & set(_PARTS) else f"; for a single run: `ssl2rl run {source}`"
+        raise ConfigError(
+            [f"{unknown[0]}: unknown key; a sweep has base, space, tune{hint}"], source
+        )
+    if "base" in values:
+        values["base"] = _base(values["base"], source, (*readers, os.path.realpath(source)))
+    return values
+
+
+def _base(said: Any, source: str, readers: tuple[str, ...]) -> Any:
+    """In place: as it stands, of another file (of a sweep its base), or layers of these."""
+    if isinstance(said, str):
+        path = os.fspath(Path(source).parent / said)
+        if os.path.realpath(path) in readers:
+            raise ConfigError([f"base: {said} is a sweep whose base is this one"], source)
+        values = read_yaml(path)
+        return _read(path, readers).get("base") if "base" in values else values
+    if not isinstance(said, list) or not said:
+        return said
+    base: dict[str, Any] = {}
+    for layer in [_base(layer, source, readers) for layer in said]:
+        if not isinstance(layer, dict):
+            return said
+        base = varied(base, dict(fields(layer)))
+    return base
 
 
 def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Sweep:
@@ -60,17 +132,14 @@ def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
             all of it at once, each problem with the trials that have it.
     """
     source = os.fspath(path)
-    values = read_yaml(source)
-    if unknown := sorted(map(str, set(values) - {"base", "space", "tune"})):
-        raise ConfigError([f"{unknown[0]}: unknown key; a sweep has base, space, tune"], source)
-    if isinstance(base := values.get("base"), str):
-        values["base"] = read_yaml(os.fspath(Path(source).parent / base))
+    values = read_sweep(source)
     space = values.pop("space", None)
     space = dict(space) if isinstance(space, dict) else {"": space}
     for override in overrides:
         name, equals, text = override.partition("=")
         if equals and name.strip().startswith("space."):
-            space[name.strip().removeprefix("space.")] = parse_yaml(text, f"--set {override!r}")
+            line = name.strip().removeprefix("space.") or ROOT
+            space[line] = parse_yaml(text, f"--set {override!r}")
         elif name.strip().split(".")[0] in ("base", "tune"):
             apply_override(values, override)
         else:
@@ -80,27 +149,40 @@ def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     return _checked(values.get("base"), space, values.get("tune"), source)
 
 
-def _checked(base: Any, space: dict[str, Any], tune_values: Any, source: str) -> Sweep:
+def _checked(base: Any, space: dict[str, Any], said: Any, source: str) -> Sweep:
     """A sweep of plain values."""
     problems: list[str] = []
-    tune = build(TuneConfig, {} if tune_values is None else tune_values, "tune", problems)
+    if isinstance(said, dict) and said.get("scheduler") == "pbt":
+        raise ConfigError([_NO_PBT], source)
+    tune = build(TuneConfig, {} if said is None else said, "tune", problems)
+    if not isinstance(base, dict):
+        problems.append("base: expected a config, the path of a YAML file, or a list of these")
     if tune is not None:
         problems += _tune_problems(tune)
-    if not isinstance(base, dict):
-        problems.append("base: expected a config, or the path of a YAML file with one")
-    problems += _space_problems(space)
+    search, number = (tune.search, tune.num_samples or 1) if tune is not None else ("grid", 1)
+    problems += space_problems(space, search, number)
     if problems or tune is None:
         raise ConfigError(problems, source)
-    points = [
-        dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())
-    ]
+    trials = _known_trials if tune.search == "optuna" else _all_trials
+    sweep = Sweep(base=base, space=space, tune=tune, trials=trials(base, space, tune, source))
+    if problems := list(_kind_problems(sweep)):
+        raise ConfigError(problems, source)
+    return sweep
+
+
+def _all_trials(
+    base: Mapping[str, Any], space: Mapping[str, Any], tune: TuneConfig, source: str
+) -> dict[str, RunConfig]:
+    """Of search grid and random."""
+    if tune.search == "random":
+        points = draw(space, tune.num_samples or 1, tune.seed or 0)
+    else:
+        points = grid(space)
     trials: dict[str, RunConfig] = {}
     found: dict[str, list[str]] = {}  # problem -> names of the trials that have it
-    for name, chosen in zip(trial_names(points), points, strict=True):
-        point = dict(_fields(chosen))
+    for name, point in zip(trial_names(points), points, strict=True):
         try:
-            config = _with_threads(from_dict(_varied(base, point)), tune.num_cpus, set(point))
-            trials[name] = config
+            trials[name] = config_at(base, point, tune)
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(name)
@@ -108,50 +190,90 @@ def _checked(base: Any, space: dict[str, Any], tune_values: Any, source: str) ->
         raise ConfigError(
             [f"{_whose(names, len(points))}: {problem}" for problem, names in found.items()], source
         )
-    return Sweep(base=base, space=space, tune=tune, trials=trials)
+    return trials
+
+
+def _known_trials(
+    base: Mapping[str, Any], space: Mapping[str, Any], tune: TuneConfig, source: str
+) -> dict[str, RunConfig]:
+    """Of search optuna, as far as they are known: that they are valid at the ends of ``space``."""
+    configs = []
+    for point in probes(space):
+        try:
+            configs.append(config_at(base, point, tune))
+        except ConfigError as error:
+            where = ", ".join(f"{name} {value}" for name, value in point.items())
+            raise ConfigError([f"at {where}: {p}" for p in error.problems], source) from None
+    number = tune.num_samples or 1
+    digits = len(str(number - 1))
+    return {f"trial-{i:0{digits}}": configs[0] for i in range(number)}
+
+
+def config_at(base: Mapping[str, Any], point: Mapping[str, Any], tune: TuneConfig) -> RunConfig:
+    """The config of a trial: the base with the values of a point laid over; raises ConfigError."""
+    values = dict(fields(point))
+    return _with_threads(from_dict(varied(base, values)), tune.num_cpus, set(values))
+
+
+# ---- what goes together --------------------------------------------------------------------------
+
+_NO_PBT = (
+    "tune.scheduler: pbt is not offered: it changes settings in the middle of a run, and a run "
+    "directory has one config; search random or optuna with scheduler asha tries the same settings"
+)
 
 
 def _tune_problems(tune: TuneConfig) -> Iterator[str]:
-    for name in ("num_cpus", "max_concurrent"):
+    for name in ("num_cpus", "max_concurrent", "num_samples", "grace"):
         if (value := getattr(tune, name)) is not None and value < 1:
             yield f"tune.{name}: must be above 0, found {value}"
-    for name in ("num_gpus", "max_failures"):
-        if (value := getattr(tune, name)) < 0:
+    for name in ("num_gpus", "max_failures", "seed"):
+        if (value := getattr(tune, name)) is not None and value < 0:
             yield f"tune.{name}: must be 0 or more, found {value}"
+    if tune.trial_min is not None and tune.trial_min <= 0:
+        yield f"tune.trial_min: must be above 0, found {tune.trial_min}"
+    if tune.reduction_factor is not None and tune.reduction_factor < 2:
+        yield f"tune.reduction_factor: must be 2 or more, found {tune.reduction_factor}"
+    if tune.search == "grid":
+        for name in ("num_samples", "seed"):
+            if getattr(tune, name) is not None:
+                yield f"tune.{name}: is of search random and optuna, and tune.search is grid"
+    elif tune.num_samples is None:
+        yield f"tune.num_samples: says how many points search {tune.search} tries; try 20"
+    if tune.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        yield "tune.search: Optuna is not installed: pip install 'ssl2rl-ray[bo]', or search random"
+    if tune.search != "optuna" and tune.scheduler == "none":
+        for name in ("metric", "mode"):
+            if getattr(tune, name) is not None:
+                yield f"tune.{name}: is read by search optuna and scheduler asha alone"
+    if tune.scheduler != "asha":
+        for name in ("grace", "reduction_factor"):
+            if getattr(tune, name) is not None:
+                yield f"tune.{name}: is of scheduler asha, and tune.scheduler is {tune.scheduler}"
 
 
-def _space_problems(space: dict[str, Any]) -> Iterator[str]:
-    if not space or "" in space:
-        yield (
-            "space: expected lines `a.b: [values]`, what the trials vary; "
-            "for a single run there is `ssl2rl run`"
-        )
+def _kind_problems(sweep: Sweep) -> Iterator[str]:
+    """Of what search and scheduler go by."""
+    tune, kinds = sweep.tune, {config.kind for config in sweep.trials.values()}
+    if tune.search != "optuna" and tune.scheduler == "none":
         return
-    num_trials = 1
-    for name, values in space.items():
-        if not isinstance(values, list) or not values:
-            yield f"space.{name}: expected a list of values"
-        elif len({json.dumps(value, default=str) for value in values}) < len(values):
-            yield f"space.{name}: a value is there twice"
-        else:
-            num_trials *= len(values)
-    if num_trials > _MAX_TRIALS:
-        yield f"space: {num_trials} combinations; at most {_MAX_TRIALS} are a sweep"
-    owner: dict[str, str] = {}  # field -> line of space that varies it
-    for name, values in space.items():
-        listed = values if isinstance(values, list) else []
-        for field in sorted({field for value in listed for field, _ in _fields({name: value})}):
-            if (other := owner.setdefault(field, name)) != name:
-                yield f"space.{name}: {field} is varied by space.{other}, too"
+    if len(kinds) > 1:
+        yield f"space: trials are of kinds {', '.join(sorted(kinds))}, whose metrics differ"
+    elif not kinds & set(CRITERIA):
+        (kind,) = kinds
+        if tune.scheduler == "asha":
+            yield (
+                f"tune.scheduler: asha follows one learning curve a trial, and kind {kind} has one "
+                "for each of its methods: leave it out"
+            )
+        elif tune.metric is None:
+            yield f"tune.metric: kind {kind} has several criteria: name a column of metrics.jsonl"
 
 
-def _fields(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values by dotted name, those of sections apart."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _fields(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value
+def metric_of(sweep: Sweep) -> tuple[str, str]:
+    """What search and scheduler go by: a column of metrics.jsonl, and ``max`` or ``min``."""
+    kind = next(iter(sweep.trials.values())).kind
+    return sweep.tune.metric or CRITERIA[kind], sweep.tune.mode or "max"
 
 
 def _whose(names: Sequence[str], num_trials: int) -> str:
@@ -162,19 +284,7 @@ def _whose(names: Sequence[str], num_trials: int) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _varied(base: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
-    """The base with the values of a point at their dotted names; raises ConfigError."""
-    varied = copy.deepcopy(dict(base))
-    for name, value in point.items():
-        values, keys = varied, str(name).split(".")
-        for key in keys[:-1]:
-            if values.get(key) is None:
-                values[key] = {}
-            values = values[key]
-            if not isinstance(values, dict):
-                raise ConfigError([f"space.{name}: {key} is not a section"])
-        values[keys[-1]] = value
-    return varied
+# ---- threads -------------------------------------------------------------------------------------
 
 
 def _with_threads(config: RunConfig, num_cpus: int | None, varied: set[str]) -> RunConfig:
@@ -203,21 +313,36 @@ def sections(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict
             yield from sections(value, f"{path}.{name}".removeprefix("."))
 
 
+# ---- names ---------------------------------------------------------------------------------------
+
+
 def trial_names(points: Sequence[Mapping[str, Any]]) -> list[str]:
     """``labelled_fraction-0.05_seed-3``: readable, names of folders, no two the same."""
-    keys, depth = list(points[0]), 1
+    told = [_told(point) for point in points]
+    keys, depth = list(dict.fromkeys(key for point in told for key in point)), 1
     while len(shorts := {key: ".".join(key.split(".")[-depth:]) for key in keys}) > len(
         set(shorts.values())
     ):
         depth += 1
     names = [
-        "_".join(f"{_as_word(shorts[key])}-{_as_word(value)}" for key, value in point.items())
-        for point in points
+        "_".join(
+            _as_word(value) if key == ROOT else f"{_as_word(shorts[key])}-{_as_word(value)}"
+            for key, value in point.items()
+        )
+        for point in told
     ]
     if len(set(names)) == len(names) and max(len(n.encode()) for n in names) <= _MAX_NAME_BYTES:
         return names
     digits = len(str(len(names) - 1))
     return [f"{i:0{digits}}_{name}"[:_MAX_NAME_BYTES] for i, name in enumerate(names)]
+
+
+def _told(point: Mapping[str, Any]) -> dict[str, Any]:
+    """What a name tells of a point; of nameless values laid over the whole base their sections."""
+    root = point.get(ROOT)
+    if not isinstance(root, dict) or not root or "name" in root:
+        return dict(point)
+    return {**root, **{name: value for name, value in point.items() if name != ROOT}}
 
 
 def _as_word(value: Any) -> str:

@@ -15,7 +15,10 @@ import yaml
 
 from ssl2rl_ray.runs import RunDirectory, RunError, acquire_lock, differences, write_text
 from ssl2rl_ray.schema import read_yaml
-from ssl2rl_ray.sweep.file import Sweep
+from ssl2rl_ray.sweep.file import Sweep, TuneConfig
+
+DONE = ("finished", "stopped")
+"""Statuses of trials that need nothing more; a scheduler stopped the second."""
 
 
 def trial_status(folder: Path) -> str:
@@ -28,7 +31,7 @@ def trial_status(folder: Path) -> str:
 
 def unfinished(sweep: Sweep, folder: Path) -> list[str]:
     """Names of the trials that are still to be run, or to be gone on with."""
-    return [name for name in sweep.trials if trial_status(folder / name) != "finished"]
+    return [name for name in sweep.trials if trial_status(folder / name) not in DONE]
 
 
 def check_folder(sweep: Sweep, folder: Path, resume: bool) -> None:
@@ -83,9 +86,14 @@ def _asked(sweep: Sweep) -> dict[str, Any]:
     }
 
 
+_OF_PLACES = ("num_gpus", "max_concurrent", "max_failures", "trial_min")
+"""Of ``tune``, what may differ when a sweep is resumed; CPUs are threads, and may not."""
+
+
 def _identity(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes two sweeps the same: not how many run at once, but CPUs, which are threads."""
-    named = {**asked, "tune": {"num_cpus": (asked.get("tune") or {}).get("num_cpus")}}
+    """What makes two sweeps the same: not how many run at once."""
+    tune = {**dataclasses.asdict(TuneConfig()), **(asked.get("tune") or {})}
+    named = {**asked, "tune": {k: v for k, v in tune.items() if k not in _OF_PLACES}}
     return json.loads(json.dumps(named, default=str))
 
 

@@ -78,6 +78,8 @@ def run_sweep(
         ValueError: a trial does not fit on the cluster; then no folder is made.
         KeyboardInterrupt: after Ctrl-C, once the trials have saved their states.
     """
+    if sweep.tune.search == "optuna" or sweep.tune.scheduler != "none":
+        raise NotImplementedError("search optuna and scheduler asha")
     folder = Path(out).resolve()
     check_folder(sweep, folder, resume)
     reasons: dict[str, dict[str, Any]] = {}
