@@ -1007,7 +1007,11 @@ def test_from_the_command_line(data, tmp_path, capsys):
     words = ["--max-frames", "24", "--xwiz", str(toml), "--json", str(tmp_path / "r.json")]
     assert main(online_command(data, tmp_path / "o", *words)) == 0
     found = json.loads((tmp_path / "r.json").read_text())
-    out = capsys.readouterr().out
+    out, told = capsys.readouterr()
+    assert "note: start: min_snr is 60, outside 3 to 12 where it is tuned" in told
+    lines = map(json.loads, (tmp_path / "o" / "audit.jsonl").read_text().splitlines())
+    begun = next(line for line in lines if "parameters" in line)
+    assert begun["parameters"]["min_snr"] == 60
     assert found["num_processed"] == 24 and found["version"] >= 2
     assert found["parameters"]["min_snr"] < 12  # 60 kept nothing
     assert f"--min-snr={found['parameters']['min_snr']:g}" in out and "tuned.geom" in out

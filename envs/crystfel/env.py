@@ -80,8 +80,8 @@ class Scale:
             e, k = np.argwhere(is_outside)[0]
             raise ValueError(
                 f"start: {list(TUNABLES)[self.columns[k]]} is {own[e, k]:g}, outside "
-                f"{self.low[k]:g} to {self.high[k]:g} where it is tuned: begin within, or leave it "
-                "out of the tunables"
+                f"{self.low[k]:g} to {self.high[k]:g} where it is tuned: begin within, or do "
+                "not tune it"
             )
 
     def stepped(self, unit: FloatArray, which: Any, sign: Any) -> FloatArray:

@@ -67,7 +67,7 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
     from envs.crystfel.rivals import RIVALS
     from envs.crystfel.xwiz import read_xwiz
     from ssl2rl_ray.local_ray import local_ray
-    from ssl2rl_ray.online.decide import OnlineConfig
+    from ssl2rl_ray.online.decide import OnlineConfig, check_start
     from ssl2rl_ray.online.run import InlineWorkers, RayWorkers, Until, serve
     from ssl2rl_ray.online.store import Store
     from ssl2rl_ray.runs import on_interrupt
@@ -108,6 +108,14 @@ def online(args: argparse.Namespace, progress: Progress) -> Result:
             initial = read_xwiz(args.xwiz).parameters
             xwiz = Path(args.xwiz).read_text(errors="replace")
         initial = initial.replace(**assignments(args.set))
+        try:
+            check_start(config, initial)
+        except ValueError as error:  # a bad start is what this command is for
+            print(
+                f"note: {error}; frames are indexed with it until another setting gains, and the "
+                "tuner looks from the nearest bound on",
+                file=sys.stderr,
+            )
         indexer = backend(args.backend, experiment, args.processes, store.folder / "peaks")
         if args.no_ray:
             workers: Any = InlineWorkers(indexer)

@@ -830,6 +830,11 @@ def unit_of(config: OnlineConfig, origin: Parameters, parameters: Parameters) ->
     return scale_of(config.tunables).unit(values)
 
 
+def check_start(config: OnlineConfig, start: Parameters) -> None:
+    """Raises ValueError where a tuned parameter begins out of bounds, geometry apart."""
+    scale_of(config.tunables).check(np.where(_IS_GEOMETRY, 0.0, values_of(start)))
+
+
 def parameters_of(config: OnlineConfig, origin: Parameters, unit: FloatArray) -> Parameters:
     """Parameters of (1, K) numbers; within the bounds, with at most 4 decimals, as in a log."""
     start = np.where(_IS_GEOMETRY, 0.0, values_of(origin))
