@@ -312,7 +312,7 @@ def _submit(args: argparse.Namespace) -> int:
         why = "left alone" if is_left else f"out of reach ({error})"
         print(f"\n{why}, the job goes on:\n{how_to_go_on(job_id, args.address)}", file=sys.stderr)
         return 130 if is_left else 1
-    _emit(args.json, result, f"{result['status']}: {result['message']}")
+    _emit(args.json, result, result["message"])
     return result["exit_code"]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shlex
 import sys
@@ -109,9 +110,9 @@ def job_of(
     values = read_yaml(os.fspath(config))
     is_sweep = "base" in values
     if is_sweep:
-        runs = list(load_sweep(config, overrides).trials.values())
-        if isinstance(values["base"], str):  # one file: wherever it lies, its base is with it
-            values["base"] = read_yaml(str(Path(config).parent / values["base"]))
+        sweep = load_sweep(config, overrides)
+        runs = list(sweep.trials.values())
+        values["base"] = dict(sweep.base)  # one file: its base, wherever that lies, is in it
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
         if num_gpus:
             raise ValueError("--num-gpus is of a run; of a sweep's trials: --set tune.num_gpus=1")
@@ -329,6 +330,8 @@ def connect(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address, headers=headers)
     except AuthenticationError as error:
@@ -390,7 +393,7 @@ def follow(client: Any, job_id: str, write: Callable[[str], Any]) -> dict[str, A
 
     Returns:
         ``status`` (``SUCCEEDED``, ``FAILED``, ``STOPPED``), ``exit_code`` (the job's own, as a
-        shell would say it; 1 where it has none) and ``message``, Ray's.
+        shell would say it; 1 where it has none) and ``message``.
 
     Raises:
         OSError: the cluster has not answered for a minute. The job goes on if the cluster does.
@@ -423,11 +426,11 @@ def follow(client: Any, job_id: str, write: Callable[[str], Any]) -> dict[str, A
     status, code = info.status.value, info.driver_exit_code
     if code is None:
         code = 0 if status == "SUCCEEDED" else 1
-    return {
-        "status": status,
-        "exit_code": code if code >= 0 else 128 - code,
-        "message": info.message,
-    }
+        text = f"{status}: {info.message}"
+    else:
+        code = code if code >= 0 else 128 - code
+        text = f"{status}, exit code {code}"  # Ray's message says the logs again
+    return {"status": status, "exit_code": code, "message": text}
 
 
 def how_to_go_on(job_id: str, address: str) -> str:
