@@ -19,8 +19,10 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    has_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    own = {} if has_cluster else {"num_cpus": max(2, num_cpus), "include_dashboard": False}
+    own = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        # "local": else Ray joins any cluster that it finds on this machine
+        own = {"address": "local", "num_cpus": max(2, num_cpus), "include_dashboard": False}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
     try:
         yield
