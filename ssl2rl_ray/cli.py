@@ -261,8 +261,10 @@ def _sweep(args: argparse.Namespace) -> int:
                 again = [a for a in argv if a != "--resume"]
                 args.resume_hint = shlex.join([*again, "--resume"])
             raise
-    failed = {n: t for n, t in result["trials"].items() if t["status"] != "finished"}
+    is_done = ("finished", "stopped")
+    failed = {n: t for n, t in result["trials"].items() if t["status"] not in is_done}
     done = f"{result['out']}: {result['num_finished']} of {result['num_trials']} trials finished"
+    done += f", {result['num_stopped']} stopped early" * bool(result["num_stopped"])
     lines = [done if result["num_run"] else f"{done} already; nothing to do"]
     for name, trial in failed.items():
         lines.append(f"{trial['status']} {name}: {trial.get('reason', 'see its manifest.json')}")

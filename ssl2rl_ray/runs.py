@@ -200,7 +200,7 @@ class RunDirectory:
     # ------------------------------------------------------------ how a run ends
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """Notes the end (``finished``, ``failed``, ``interrupted``) and gives the lock back."""
+        """Notes the end (as ``status``) and gives the lock back."""
         if self._lock is None:
             return
         try:
@@ -222,12 +222,16 @@ class RunDirectory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Finished, interrupted (Ctrl-C) or failed; a full disk is told with what to do next."""
+        """Finished, failed, or after Ctrl-C interrupted (else as the ``Stop`` says).
+
+        A full disk is told with what to do next.
+        """
         try:
             if kind is None:
                 self.finish("finished")
             elif issubclass(kind, KeyboardInterrupt):
-                self.finish("interrupted")
+                stop = _STOPS.get()
+                self.finish(stop.status if isinstance(stop, Stop) else "interrupted")
             else:
                 self.finish("failed", f"{kind.__name__}: {error}")
         except OSError as last:
@@ -239,7 +243,10 @@ class RunDirectory:
 
     @property
     def status(self) -> str:
-        """``running``, ``finished``, ``failed`` or ``interrupted``; a killed run is interrupted."""
+        """``running``, ``finished``, ``failed``, ``interrupted`` or ``stopped``.
+
+        A killed run is interrupted; one that a sweep gave up on the way is stopped.
+        """
         status = self.manifest["status"]
         if status == "running" and not self.is_writer and not _is_locked(self.path):
             return "interrupted"
@@ -682,6 +689,13 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
             yield from differences(old.get(name), new.get(name), below)
     elif old != new:
         yield f"{path}: {old!r}, now {new!r}"
+
+
+class Stop(threading.Event):
+    """Once set, a run saves its state and ends."""
+
+    status = "interrupted"
+    """What its manifest says then."""
 
 
 _STOPS: ContextVar[threading.Event | None] = ContextVar("_STOPS", default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ssl2rl_ray.config import RunConfig, from_dict
+from ssl2rl_ray.config import PerceptionRunConfig, RunConfig, SSL2RLRunConfig, from_dict
 from ssl2rl_ray.schema import ConfigError, apply_override, build, parse_yaml, read_yaml, to_dict
 from ssl2rl_ray.sweep.points import ROOT, draw, fields, grid, probes, space_problems, varied
 
+_FACTOR = 3
 _PARTS = ("base", "space", "tune")
 _MAX_NAME_BYTES = 200
 CRITERIA = {
@@ -65,7 +67,8 @@ class TuneConfig:
     arXiv:1810.05934). Rungs are at ``grace`` env steps or epochs, and at each ``reduction_factor``
     times as many; at each the best 1 of ``reduction_factor`` of those that came there go on."""
     grace: int | None = None
-    """asha: env steps or epochs that every trial gets; None = a ninth of ``base``'s."""
+    """asha: env steps or epochs that every trial gets; None = those of the longest trial by the
+    square of ``reduction_factor``, so that there are two rungs."""
     reduction_factor: int | None = None
     """asha; None = 3."""
 
@@ -259,6 +262,10 @@ def _kind_problems(sweep: Sweep) -> Iterator[str]:
         return
     if len(kinds) > 1:
         yield f"space: trials are of kinds {', '.join(sorted(kinds))}, whose metrics differ"
+    elif tune.scheduler == "asha" and kinds <= set(CRITERIA):
+        first, _, total = rungs(sweep)
+        if first >= total:
+            yield f"tune.grace: {first}, and no trial is longer than {total}: none would be stopped"
     elif not kinds & set(CRITERIA):
         (kind,) = kinds
         if tune.scheduler == "asha":
@@ -268,6 +275,21 @@ def _kind_problems(sweep: Sweep) -> Iterator[str]:
             )
         elif tune.metric is None:
             yield f"tune.metric: kind {kind} has several criteria: name a column of metrics.jsonl"
+
+
+def rungs(sweep: Sweep) -> tuple[int, int, int]:
+    """Of scheduler asha: the first rung, the factor between rungs, the longest trial's length."""
+    total = max(_length(config) for config in sweep.trials.values())
+    factor = sweep.tune.reduction_factor or _FACTOR
+    return sweep.tune.grace or math.ceil(total / factor**2), factor, total
+
+
+def _length(config: RunConfig) -> int:
+    """Env steps, or epochs of the main classifier; 0 of what is no learning curve."""
+    if isinstance(config, PerceptionRunConfig):
+        default = 40 if config.training.method == "finetuning" else 200
+        return config.training.num_epochs or default
+    return 0 if isinstance(config, SSL2RLRunConfig) else config.training.num_env_steps
 
 
 def metric_of(sweep: Sweep) -> tuple[str, str]:

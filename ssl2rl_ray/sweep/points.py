@@ -65,16 +65,17 @@ def is_drawn(line: Any) -> bool:
     return isinstance(line, dict)
 
 
-def _round(value: float, low: float, high: float) -> float:
+def rounded(value: float, low: float, high: float) -> float:
+    """To four digits, within the ends."""
     return min(max(float(f"{value:.4g}"), low), high)
 
 
 def _uniform(rng: np.random.Generator, ends: Sequence[float]) -> float:
-    return _round(rng.uniform(ends[0], ends[1]), *ends)
+    return rounded(rng.uniform(ends[0], ends[1]), *ends)
 
 
 def _loguniform(rng: np.random.Generator, ends: Sequence[float]) -> float:
-    return _round(math.exp(rng.uniform(math.log(ends[0]), math.log(ends[1]))), *ends)
+    return rounded(math.exp(rng.uniform(math.log(ends[0]), math.log(ends[1]))), *ends)
 
 
 def _randint(rng: np.random.Generator, ends: Sequence[int]) -> int:

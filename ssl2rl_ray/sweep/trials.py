@@ -6,6 +6,7 @@ Tune's own state, saved every ten seconds, is thrown away.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import queue
@@ -21,16 +22,19 @@ from typing import Any
 
 from ssl2rl_ray.launch import run_config
 from ssl2rl_ray.local_ray import local_ray
-from ssl2rl_ray.runs import on_interrupt, stopped_by
+from ssl2rl_ray.runs import Stop, on_interrupt, stopped_by
 from ssl2rl_ray.sweep.file import Sweep
 from ssl2rl_ray.sweep.folder import (
+    DONE,
     check_folder,
     held,
     remove_stillborn,
     trial_status,
     unfinished,
 )
+from ssl2rl_ray.sweep.halving import halving, reporter
 from ssl2rl_ray.sweep.room import cluster_room, find_room, need_of, num_concurrent, own_cpus
+from ssl2rl_ray.sweep.suggest import config_of
 
 _WAIT_FOR_ORPHANS_S = 60.0
 """A killed driver's trials end within seconds of it, and hold their run directories until then."""
@@ -42,11 +46,11 @@ class Event:
 
     trial: str
     status: str
-    """``running``, ``finished``, ``failed`` or ``interrupted``."""
+    """``running``, ``finished``, ``stopped`` (by the scheduler), ``failed`` or ``interrupted``."""
     reason: str | None
     """Why it failed."""
     num_finished: int
-    """Of all trials, those finished before this call included."""
+    """Of all trials, those finished or stopped before this call included."""
     num_trials: int
 
 
@@ -69,8 +73,9 @@ def run_sweep(
         on_event: told what happens to the trials.
 
     Returns:
-        ``num_trials``, ``num_finished``, ``num_run`` (by this call) and ``trials``: of each its
-        ``status``, ``run`` (folder) and, where it failed, ``reason``.
+        ``num_trials``, ``num_finished``, ``num_stopped`` (by the scheduler), ``num_run`` (by this
+        call) and ``trials``: of each its ``status``, ``run`` (folder) and, where it failed,
+        ``reason``.
 
     Raises:
         RunError: the folder holds something else, another sweep (each difference is named), or
@@ -78,8 +83,6 @@ def run_sweep(
         ValueError: a trial does not fit on the cluster; then no folder is made.
         KeyboardInterrupt: after Ctrl-C, once the trials have saved their states.
     """
-    if sweep.tune.search == "optuna" or sweep.tune.scheduler != "none":
-        raise NotImplementedError("search optuna and scheduler asha")
     folder = Path(out).resolve()
     check_folder(sweep, folder, resume)
     reasons: dict[str, dict[str, Any]] = {}
@@ -99,10 +102,11 @@ def run_sweep(
         "out": str(folder),
         "num_trials": len(found),
         "num_finished": sum(status == "finished" for status in found.values()),
+        "num_stopped": sum(status == "stopped" for status in found.values()),
         "num_run": len(todo),
         "trials": {
             name: {"run": str(folder / name), "status": status}
-            | (reasons.get(name, {}) if status != "finished" else {})
+            | (reasons.get(name, {}) if status not in DONE else {})
             for name, status in found.items()
         },
     }
@@ -114,6 +118,7 @@ _SETTINGS = {  # read by Tune on the driver, and handed on to the trials
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "600",  # nobody reads it
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last word of a trial is its status
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning
 }
 
@@ -141,7 +146,9 @@ def _run_trials(
     messages: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
     hall = _Hall(messages.put)
     task = {
-        "configs": {name: sweep.trials[name] for name in todo},
+        "sweep": dataclasses.replace(sweep, trials={name: sweep.trials[name] for name in todo})
+        if sweep.tune.search != "optuna"
+        else sweep,
         "folder": folder,
         "stop": stop,
         "cwd": Path.cwd(),
@@ -161,6 +168,7 @@ def _run_trials(
         param_space={"trial": tune.grid_search(list(todo))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=num_concurrent,
+            scheduler=halving(sweep, folder, stop) if sweep.tune.scheduler == "asha" else None,
             reuse_actors=True,  # the next trial need not start Python and torch again
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -192,7 +200,7 @@ def _run_trials(
             name, message = messages.get()
             if message["status"] != "running":
                 ended[name] = message
-            num_done = sum(m["status"] == "finished" for m in ended.values())
+            num_done = sum(m["status"] in DONE for m in ended.values())
             on_event(
                 Event(
                     trial=name,
@@ -299,10 +307,10 @@ def _trial(point: dict[str, str], task: dict[str, Any]) -> dict[str, Any]:
 
     Errors of the run are returned, not raised: Tune starts again only what died.
     """
-    name, stop = point["trial"], Path(task["stop"])
+    name, sweep, stop = point["trial"], task["sweep"], Path(task["stop"])
     if Path(task["cwd"]).is_dir():
         os.chdir(task["cwd"])  # relative paths of the configs; a worker's own is the cluster's
-    folder, stopping, is_over = task["folder"] / name, threading.Event(), threading.Event()
+    folder, stopping, is_over = task["folder"] / name, Stop(), threading.Event()
 
     def look() -> None:
         while not is_over.wait(0.2):
@@ -317,14 +325,14 @@ def _trial(point: dict[str, str], task: dict[str, Any]) -> dict[str, Any]:
         is_begun = _wait_for_orphan(folder)
         with stopped_by(stopping):
             run_config(
-                task["configs"][name],
+                config_of(sweep, task["folder"], name),
                 folder,
                 resume=is_begun,
                 argv=task["argv"],
-                progress=lambda row: None,
+                progress=reporter(sweep, stop, name, stopping),
             )
     except KeyboardInterrupt:
-        return {"status": "interrupted"}
+        return {"status": stopping.status}
     except Exception as error:
         is_told = isinstance(error, ValueError | OSError)
         reason = str(error) if is_told else f"{type(error).__name__}: {error}"
