@@ -1,6 +1,7 @@
 """Sweeps: what a file says, what fits, and trials on a real local Ray that outlive their driver."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from ssl2rl_ray.cli import main
 from ssl2rl_ray.config import PerceptionRunConfig
 from ssl2rl_ray.launch import run_config
-from ssl2rl_ray.runs import RunDirectory, RunError, acquire_lock
+from ssl2rl_ray.runs import RunDirectory, RunError, Stop, acquire_lock, stopped_by
 from ssl2rl_ray.schema import ConfigError
 from ssl2rl_ray.sweep import (
     Room,
@@ -30,8 +32,11 @@ from ssl2rl_ray.sweep import (
     run_sweep,
     trial_status,
 )
-from ssl2rl_ray.sweep.file import trial_names
+from ssl2rl_ray.sweep.file import CRITERIA, rungs, trial_names
 from ssl2rl_ray.sweep.folder import held, remove_stillborn
+from ssl2rl_ray.sweep.halving import halving, reporter
+from ssl2rl_ray.sweep.points import draw
+from ssl2rl_ray.sweep.suggest import Try, ask, best_of, config_of, told
 
 BASE = {
     "kind": "perception",
@@ -207,6 +212,318 @@ def test_names_say_as_much_as_they_need():
         "x-runs-a",
     ]
     assert trial_names([{"x": "a/b"}, {"x": "a-b"}]) == ["0_x-a-b", "1_x-a-b"]
+
+
+# ---- points that are not all combinations --------------------------------------------------------
+
+SPACE = {
+    "training.learning_rate": {"loguniform": [1e-4, 1e-1]},
+    "training.weight_decay": {"uniform": [0, 0.01]},
+    "training.num_epochs": {"randint": [1, 3]},
+    "data.labelled_fraction": {"choice": [0.1, 0.5]},
+}
+DRAWN = {"search": "random", "num_samples": 12, "num_cpus": 1}
+
+
+def test_random_points_are_the_same_for_a_seed_and_first_ones_of_more(tmp_path):
+    def points(**changes) -> list[tuple[float, float, int, float]]:
+        trials = load_sweep(write(tmp_path, space=SPACE, tune={**DRAWN, **changes})).trials
+        return [
+            (
+                trial.training.learning_rate,
+                trial.training.weight_decay,
+                trial.training.num_epochs,
+                trial.data.labelled_fraction,
+            )
+            for trial in trials.values()
+        ]  # type: ignore[union-attr]
+
+    found = points()
+    assert len(set(found)) == 12 and found == points() == points(seed=0)
+    assert points(num_samples=40)[:12] == found and points(seed=1) != found
+    assert {n for _, _, n, _ in points(num_samples=40)} == {1, 2, 3}  # both ends
+    for rate, decay, _, fraction in found:
+        assert 1e-4 <= rate <= 1e-1 and 0 <= decay <= 0.01 and fraction in (0.1, 0.5)
+        assert float(f"{rate:.4g}") == rate  # what the name says is what is run
+
+
+def test_lists_are_run_in_full_beside_what_is_drawn(tmp_path):
+    space = {"training.learning_rate": {"loguniform": [0.01, 0.1]}, "seed": [0, 1, 2]}
+    sweep = load_sweep(write(tmp_path, space=space, tune={**DRAWN, "num_samples": 2}))
+    rates = [trial.training.learning_rate for trial in sweep.trials.values()]  # type: ignore[union-attr]
+    assert [trial.seed for trial in sweep.trials.values()] == [0, 1, 2, 0, 1, 2]
+    assert len(set(rates)) == 2 and rates[0] == rates[1] == rates[2]
+    assert next(iter(sweep.trials)) == f"seed-0_learning_rate-{rates[0]}"
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(0, 99))
+def test_drawn_numbers_stay_within_their_ends(low, width, seed):
+    high = low + width
+    if low < high:
+        points = draw({"a": {"uniform": [low, high]}}, 1, seed)
+        assert low <= points[0]["a"] <= high
+
+
+@pytest.mark.parametrize(
+    ("space", "tune", "message"),
+    [
+        (SPACE, {}, "space.training.learning_rate: a distribution is drawn from by tune.search"),
+        ({"seed": [0]}, DRAWN, "search random draws from distributions, and here are only lists"),
+        (SPACE, {"search": "random"}, "tune.num_samples: says how many points"),
+        ({"seed": [0]}, {"num_samples": 3}, "tune.num_samples: is of search random and optuna"),
+        ({"seed": [0]}, {"seed": 3}, "tune.seed: is of search random and optuna"),
+        (
+            {"seed": [0]},
+            {"metric": "x"},
+            "tune.metric: is read by search optuna and scheduler asha",
+        ),
+        ({"seed": [0]}, {"grace": 1}, "tune.grace: is of scheduler asha"),
+        ({"seed": [0]}, {"scheduler": "pbt"}, "tune.scheduler: pbt is not offered"),
+        ({"seed": [0]}, {"scheduler": "asha", "grace": 2}, "tune.grace: 2, and no trial is longer"),
+        ({"seed": [0]}, {"scheduler": "asha", "reduction_factor": 1}, "must be 2 or more"),
+        ({"seed": [0]}, {"search": "hyperband"}, "expected one of grid, random, optuna"),
+        ({"seed": [0]}, {**DRAWN, "search": "optuna"}, "write {choice: [...]}"),
+        ({"seed": {"randint": [0, 3]}}, DRAWN, "hardly more than 4 different points"),
+        ({"seed": {"randint": [0.5, 3]}}, DRAWN, "randint: expected two whole numbers"),
+        ({"seed": {"randint": [3, 3]}}, DRAWN, "randint: expected two whole numbers [low, high]"),
+        ({"seed": {"uniform": [0]}}, DRAWN, "uniform: expected two numbers [low, high]"),
+        ({"seed": {"loguniform": [0, 1]}}, DRAWN, "loguniform: must be above 0"),
+        ({"seed": {"normal": [0, 1]}}, DRAWN, "one of uniform, loguniform, randint, choice"),
+        ({"seed": {"choice": []}}, DRAWN, "choice: expected a list"),
+        ({"seed": {"choice": [1, 1]}}, DRAWN, "a value is there twice"),
+        (
+            {"compute.num_workers": {"randint": [0, 2]}},
+            {**DRAWN, "search": "optuna"},
+            "says what a trial needs",
+        ),
+        (
+            {"data.labelled_fraction": {"uniform": [0.5, 2]}},
+            {**DRAWN, "search": "optuna"},
+            "at data.labelled_fraction 2: data.labelled_fraction: must be at most 1",
+        ),
+        ({".": [1]}, {}, "space..: each value is laid over the whole base: expected sections"),
+        ({".": [{"seed": 1}], "seed": [2]}, {}, "space.seed: seed is varied by space.., too"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused(tmp_path, space, tune, message):
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(write(tmp_path, space=space, tune=tune))
+    assert message in str(caught.value)
+
+
+def test_a_loop_has_no_single_curve(tmp_path):
+    path = write(tmp_path, base={"kind": "ssl2rl"}, tune={"scheduler": "asha"})
+    with pytest.raises(ConfigError, match="kind ssl2rl has one for each of its methods"):
+        load_sweep(path)
+    space = {"finetuning.learning_rate": {"loguniform": [1e-3, 1e-2]}}
+    tune = {**DRAWN, "search": "optuna"}
+    path = write(tmp_path, base={"kind": "ssl2rl"}, space=space, tune=tune)
+    with pytest.raises(ConfigError, match=r"tune\.metric: kind ssl2rl has several criteria"):
+        load_sweep(path)
+    assert len(load_sweep(path, ["tune.metric=selection/accuracy"]).trials) == 12
+
+
+def test_choices_of_several_settings_have_names(tmp_path):
+    few = {"data": {"labelled_fraction": 0.1}, "training": {"num_epochs": 1}}
+    space = {".": [few, {}, {"name": "much of it", "seed": 7}], "training.momentum": [0.8]}
+    trials = load_sweep(write(tmp_path, space=space)).trials
+    assert list(trials) == [
+        "data-labelled_fraction-0.1_training-num_epochs-1_momentum-0.8",
+        "none_momentum-0.8",
+        "much-of-it_momentum-0.8",
+    ]
+    assert [trial.seed for trial in trials.values()] == [0, 0, 7]
+    first = next(iter(trials.values()))
+    assert isinstance(first, PerceptionRunConfig)
+    assert (first.data.labelled_fraction, first.data.preset) == (0.1, "demo")
+
+
+def test_a_base_may_be_layers_and_that_of_another_sweep(tmp_path):
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"base": BASE, "space": {"seed": [9]}}))
+    layers = ["other.yaml", {"training": {"num_epochs": 7}}]
+    config = load_sweep(write(tmp_path, base=layers)).trials["seed-1"]
+    plain = load_sweep(write(tmp_path), ["base.training.num_epochs=7"]).trials["seed-1"]
+    assert config == plain
+    with pytest.raises(ConfigError, match="is a sweep whose base is this one"):
+        load_sweep(write(tmp_path, base="asked.yaml"))
+    with pytest.raises(ConfigError, match="base: expected a config"):
+        load_sweep(write(tmp_path, base=["other.yaml", 3]))
+
+
+def test_each_command_names_the_other(tmp_path, capsys):
+    path = write(tmp_path)
+    assert main(["run", str(path)]) == 2
+    assert f"`ssl2rl sweep {path} --out DIR`" in capsys.readouterr().err
+    path.write_text(yaml.safe_dump(BASE))
+    assert main(["sweep", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert f"`ssl2rl run {path}`" in capsys.readouterr().err
+
+
+# ---- points that are asked for -------------------------------------------------------------------
+
+
+def tried(point: dict, value: float | None, status: str = "finished") -> Try:
+    return Try(point=point, status=status, value=value)
+
+
+def test_optuna_goes_where_values_are_high():
+    space = {"x": {"uniform": [0, 10]}, "y": {"choice": ["bad", {"is": "good"}]}}
+    tries: list[Try] = []
+    for number in range(40):
+        point = ask(space, tries, (0, number), mode="max")
+        tries.append(tried(point, -abs(point["x"] - 7) - 5 * (point["y"] == "bad")))
+    late = [known.point for known in tries[25:]]
+    assert sum(abs(point["x"] - 7) < 1.5 for point in late) >= 10  # by chance: 4 or 5 of 15
+    assert sum(point["y"] != "bad" for point in late) >= 10
+    low = [tried(known.point, -known.value if known.value else 0) for known in tries]
+    assert ask(space, tries, (0, 99), mode="max") == ask(space, low, (0, 99), mode="min")
+
+
+def test_an_answer_depends_on_what_is_known_alone():
+    space = {"n": {"randint": [1, 1000]}, "choice": {"choice": [1, True, None, [2]]}}
+    tries = [tried({"n": 3, "choice": True}, 0.5), tried({"n": 9, "choice": [2]}, None, "failed")]
+    asked = ask(space, tries, (1, 2), mode="max")
+    assert asked == ask(space, tries, (1, 2), mode="max") != ask(space, tries, (1, 3), mode="max")
+    running = tried(asked, None, "running")
+    assert ask(space, [*tries, running], (1, 2), mode="max") is not None
+
+
+def optuna_folder(tmp_path: Path) -> tuple[Sweep, Path]:
+    """A search of which one trial is finished, one has failed, one was killed, none is run."""
+    space = {"algorithm.learning_rate": {"loguniform": [1e-4, 1e-2]}}
+    tune = {"search": "optuna", "num_samples": 4, "scheduler": "asha"}
+    sweep = load_sweep(write(tmp_path, base={"kind": "navigation"}, space=space, tune=tune))
+    out = tmp_path / "out"
+    out.mkdir()
+    for i, status in enumerate(["finished", "failed", "interrupted"]):
+        config = config_of(sweep, out, f"trial-{i}")
+        with (
+            contextlib.suppress(RuntimeError, KeyboardInterrupt),
+            RunDirectory.create(out / f"trial-{i}", config) as run,
+        ):
+            for step, value in ((0, 90.0), (100, 10.0 + i), (300, 5.0 + i)):
+                run.log({"num_env_steps": step, "validation/episode_return": value})
+            if status != "finished":
+                raise RuntimeError if status == "failed" else KeyboardInterrupt
+    return sweep, out
+
+
+def test_a_point_is_on_disk_before_its_trial_begins_and_stays(tmp_path):
+    sweep, out = optuna_folder(tmp_path)
+    before = {path.name: path.read_bytes() for path in (out / "points").glob("*.json")}
+    assert sorted(before) == ["trial-0.json", "trial-1.json", "trial-2.json"]
+    for name in ("trial-0", "trial-1", "trial-2"):
+        config = config_of(sweep, out, name)
+        assert config == RunDirectory.open(out / name).config
+        point = json.loads(before[f"{name}.json"])
+        assert point == {"algorithm.learning_rate": config.algorithm.learning_rate}  # type: ignore[union-attr]
+    assert {path.name: path.read_bytes() for path in (out / "points").glob("*.json")} == before
+    assert best_of(out / "trial-0", "validation/episode_return", "max") == 10  # not the untrained
+    assert best_of(out / "trial-0", "validation/episode_return", "min") == 5
+
+
+def test_a_finished_trial_without_the_metric_is_told(tmp_path):
+    sweep, out = optuna_folder(tmp_path)
+    tune = dataclasses.replace(sweep.tune, metric="validation/episode_retrun")
+    with pytest.raises(ValueError, match="the metrics of trial-0 have no 'validation/episode_retr"):
+        config_of(dataclasses.replace(sweep, tune=tune), out, "trial-3")
+
+
+# ---- who is behind -------------------------------------------------------------------------------
+
+
+def halving_sweep(tmp_path: Path, num_trials: int) -> Sweep:
+    base = {"kind": "navigation", "training": {"num_env_steps": 9_000}}
+    space = {"seed": list(range(num_trials))}
+    return load_sweep(write(tmp_path, base=base, space=space, tune={"scheduler": "asha"}))
+
+
+def told_to_stop(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("stop-*"))
+
+
+def test_those_behind_at_a_rung_are_told_to_stop(tmp_path):
+    """By hand: rungs at 1000 and 3000 steps, where the best third of those that came goes on."""
+    sweep = halving_sweep(tmp_path, 5)
+    assert rungs(sweep) == (1000, 3, 9000)
+    scheduler = halving(sweep, tmp_path / "out", tmp_path / "stop")
+
+    def report(seed: int, step: float, value: float) -> list[str]:
+        trial = SimpleNamespace(trial_id=f"any-{seed}", config={"trial": f"seed-{seed}"})
+        assert scheduler.on_trial_result(None, trial, {"step": step, "value": value}) == "CONTINUE"
+        return told_to_stop(tmp_path)
+
+    assert report(0, 500, 1.0) == []  # before the first rung
+    assert report(0, 1000, 5.0) == []  # the first one to come
+    assert report(1, 1000, 4.0) == ["stop-seed-1"]
+    assert report(2, 1200, 6.0) == ["stop-seed-1"]  # the first look behind the rung counts
+    assert report(3, 1000, 5.2) == ["stop-seed-1", "stop-seed-3"]  # two thirds of 4, 5, 6: 5.33
+    assert report(0, 3000, 5.5) == ["stop-seed-1", "stop-seed-3"]
+    assert report(2, 3000, 5.4) == ["stop-seed-1", "stop-seed-2", "stop-seed-3"]
+    scheduler.on_trial_result(None, SimpleNamespace(config={"trial": "seed-0"}), {"status": "x"})
+    assert report(0, 9000, 0.0) == [
+        "stop-seed-1",
+        "stop-seed-2",
+        "stop-seed-3",
+    ]  # no rung at the end
+
+
+def test_a_resumed_sweep_remembers_the_rungs(tmp_path):
+    sweep, out = halving_sweep(tmp_path, 3), tmp_path / "out"
+    for seed, value in ((0, 5.0), (1, 4.0)):
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            RunDirectory.create(out / f"seed-{seed}", sweep.trials[f"seed-{seed}"]) as run,
+        ):
+            run.log({"num_env_steps": 1000, "validation/episode_return": value})
+            raise KeyboardInterrupt
+    scheduler = halving(sweep, out, tmp_path / "stop")
+    assert told_to_stop(tmp_path) == ["stop-seed-1"]  # as it was decided before the kill
+    trial = SimpleNamespace(config={"trial": "seed-2"})
+    scheduler.on_trial_result(None, trial, {"step": 1000, "value": 4.5})
+    assert told_to_stop(tmp_path) == ["stop-seed-1", "stop-seed-2"]
+    stopping = Stop()
+    reporter(sweep, tmp_path / "stop", "seed-1", stopping)
+    assert stopping.is_set() and stopping.status == "stopped"
+
+
+def test_a_stopped_trial_is_complete_and_not_run_again(tmp_path):
+    sweep, out = halving_sweep(tmp_path, 2), tmp_path / "out"
+    stopping = Stop()
+    stopping.status = "stopped"
+    with held(sweep, out):
+        pass
+    for name, config in sweep.trials.items():
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            stopped_by(stopping),
+            RunDirectory.create(out / name, config) as run,
+        ):
+            if name == "seed-1":
+                raise KeyboardInterrupt
+            run.write_summary({})
+    result = run_sweep(sweep, out, resume=True)
+    assert (result["num_run"], result["num_finished"], result["num_stopped"]) == (0, 1, 1)
+    assert result["trials"]["seed-1"] == {"run": str(out / "seed-1"), "status": "stopped"}
+
+
+def test_what_counts_of_a_row():
+    metric = "validation/accuracy"
+    assert told({"epoch": 3, metric: 0.5, "time": "now"}, metric) == (3.0, 0.5, "now")
+    for row in (
+        {"epoch": 3},
+        {"epoch": 0, metric: 0.5},  # nothing learned yet
+        {"epoch": 3, metric: None},
+        {"epoch": 3, metric: float("nan")},
+        {"epoch": 3, metric: 0.5, "fit": "fold-0"},
+    ):
+        assert told(row, metric) is None
+
+
+def test_criteria_are_what_runs_are_compared_by():
+    from ssl2rl_ray.report import compare
+
+    assert {kind: asked.metric for kind, asked in compare._KINDS.items()} == CRITERIA
 
 
 # ---- what fits -----------------------------------------------------------------------------------
