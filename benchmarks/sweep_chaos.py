@@ -91,10 +91,10 @@ SWEEPS: dict[str, dict[str, Any]] = {
             },
             "algorithm": {"batch_size": 16, "learning_starts": 100},
             "rl": {
-                "num_env_steps": 400,
+                "num_env_steps": 240,
                 "num_envs_per_runner": 8,
                 "num_validation_sessions": 2,
-                "evaluation_interval_steps": 200,
+                "evaluation_interval_steps": 120,
             },
             "loop": {
                 "methods": ["planner", "ssl2rl-120"],
@@ -102,8 +102,8 @@ SWEEPS: dict[str, dict[str, Any]] = {
                 "durations_min": [60],
                 "num_rollouts": 2,
                 "num_starts": 2,
-                "pretraining_steps": 10,
-                "finetuning_steps": 10,
+                "pretraining_steps": 6,
+                "finetuning_steps": 6,
             },
         },
         "space": {"seed": [0, 1]},
