@@ -55,7 +55,7 @@ def test_every_config_is_valid_and_survives_a_round_trip(path, tmp_path):
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_is_valid_and_fits_on_four_cores(path):
-    room = Room(where="a laptop", num_cpus=4, num_gpus=0, largest_node_cpus=4)
+    room = Room(where="a laptop", node_cpus=(4,), num_gpus=0)
     assert num_concurrent(load_sweep(path), room) >= 1
 
 

@@ -23,8 +23,10 @@ from ssl2rl_ray.launch import run_config
 from ssl2rl_ray.runs import RunDirectory, RunError, Stop, acquire_lock, stopped_by
 from ssl2rl_ray.schema import ConfigError
 from ssl2rl_ray.sweep import (
+    Need,
     Room,
     Sweep,
+    TuneConfig,
     load_sweep,
     need_of,
     num_concurrent,
@@ -36,6 +38,7 @@ from ssl2rl_ray.sweep.file import CRITERIA, rungs, trial_names
 from ssl2rl_ray.sweep.folder import held, remove_stillborn
 from ssl2rl_ray.sweep.halving import halving, reporter
 from ssl2rl_ray.sweep.points import draw
+from ssl2rl_ray.sweep.room import _fitting
 from ssl2rl_ray.sweep.suggest import Try, ask, best_of, config_of, told
 
 BASE = {
@@ -529,13 +532,8 @@ def test_criteria_are_what_runs_are_compared_by():
 # ---- what fits -----------------------------------------------------------------------------------
 
 
-def room(num_cpus: float, largest: float | None = None, num_gpus: float = 0) -> Room:
-    return Room(
-        where="here",
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        largest_node_cpus=largest or num_cpus,
-    )
+def room(*node_cpus: float, num_gpus: float = 0) -> Room:
+    return Room(where="here", node_cpus=node_cpus, num_gpus=num_gpus)
 
 
 def sweep_of(tmp_path: Path, base: dict, **tune) -> Sweep:
@@ -563,10 +561,74 @@ def test_as_many_at_once_as_fit_and_as_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("num_workers", "threads", "nodes", "expected"),
+    [
+        (1, 1, (2,), 1),
+        (1, 1, (2, 2), 2),
+        (1, 3, (4, 4), 2),  # 4 CPUs each; one trial on each node leaves 3 there
+        (1, 2, (3, 3), 2),
+        (1, 4, (5, 5, 5), 3),
+        (2, 2, (3, 3), 1),  # two places, which a trial leaves
+        (1, 3, (3, 3), 1),  # a trial takes one of two places
+        (3, 3, (5, 5), None),  # 10 CPUs in all, but only two places of 3
+        (2, 3, (4, 4), 1),
+        (2, 3, (4, 3), None),  # a trial on the second node leaves one place of the two
+    ],
+)
+def test_workers_find_a_place_wherever_the_trials_are(
+    tmp_path, num_workers, threads, nodes, expected
+):
+    base = {**BASE, "compute": {"num_workers": num_workers}}
+    base["training"] = {**BASE["training"], "batch_size": 6}
+    space = {"seed": list(range(8)), "compute.num_torch_threads": [threads]}
+    path = write(tmp_path, base=base, space=space, tune={"num_cpus": 9})
+    sweep = load_sweep(path)  # threads that are varied stand
+    sweep = dataclasses.replace(sweep, tune=TuneConfig(num_cpus=1))
+    if expected is None:
+        with pytest.raises(ValueError, match="CPUs may not hold them beside it"):
+            num_concurrent(sweep, room(*nodes))
+    else:
+        assert num_concurrent(sweep, room(*nodes)) == expected
+
+
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.data(),
+)
+def test_no_placing_of_trials_starves_all_workers(nodes, threads, num_workers, data):
+    """Against every placing that chance finds: a group of workers fits beside those admitted."""
+    need = Need(
+        num_cpus=1, num_gpus=0, num_runners=0, num_workers=num_workers,
+        cpus_per_worker=threads, device="cpu",
+    )  # fmt: skip
+    try:
+        admitted = _fitting(need, "a", room(*nodes))
+    except ValueError:
+        return
+    free = list(nodes)
+    for _ in range(admitted):
+        free[data.draw(st.sampled_from([i for i, cpus in enumerate(free) if cpus]))] -= 1
+    assert sum(cpus // threads for cpus in free) >= num_workers
+
+
+def test_workers_on_gpus_count(tmp_path):
+    base = {**BASE, "compute": {"num_workers": 2}}
+    sweep = sweep_of(tmp_path, base, num_cpus=1)
+    assert num_concurrent(sweep, room(64, num_gpus=4)) == 2  # auto: a GPU each
+    assert num_concurrent(sweep, room(64, num_gpus=1)) == 8  # auto: too few, on CPUs
+    assert num_concurrent(sweep, room(64, num_gpus=float("nan"))) == 8
+    sweep = sweep_of(tmp_path, {**base, "compute": {"num_workers": 2, "device": "cuda"}})
+    with pytest.raises(ValueError, match="needs 2 GPUs; here has 1"):
+        num_concurrent(sweep, room(64, num_gpus=1))
+
+
+@pytest.mark.parametrize(
     ("there", "tune", "message"),
     [
         (room(4), {"num_cpus": 5}, "seed-0 needs 5 CPUs; here has 4 CPUs"),
-        (room(8, largest=4), {"num_cpus": 5}, "4 on its largest node: lower tune.num_cpus"),
+        (room(4, 4), {"num_cpus": 5}, "4 on its largest node: lower tune.num_cpus"),
         (room(8), {"num_cpus": 1, "num_gpus": 1}, "needs 1 GPUs; here has 0"),
     ],
 )
