@@ -318,6 +318,14 @@ def _submit(args: argparse.Namespace) -> int:
     return result["exit_code"]
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from ssl2rl_ray.doctor import doctor, format_report
+
+    report = doctor(args.address, storage=args.storage, num_nodes=args.nodes, python=args.python)
+    _emit(args.json, report, format_report(report))
+    return 1 if report["num_problems"] else 0
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from ssl2rl_ray.evaluate import evaluate, format_report
 
@@ -711,6 +719,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--no-wait", action="store_true", help="do not follow the job")
     sub.add_argument("--dry-run", action="store_true", help="say what would be sent, send nothing")
+    with_json(sub)
+
+    sub = command("doctor", _doctor, "say whether this machine or a cluster is fit for runs")
+    sub.add_argument(
+        "--address", metavar="URL", help="dashboard (the cluster of RAY_ADDRESS, or this machine)"
+    )
+    sub.add_argument("--storage", metavar="DIR", help="for results; every node must see it")
+    sub.add_argument("--nodes", type=_positive(int), metavar="N", help="there should be; waits")
+    sub.add_argument("--python", default="python", help="of the nodes of URL (%(default)s)")
     with_json(sub)
 
     sub = command("evaluate", _evaluate, "play a policy and say what it earned")
