@@ -6,6 +6,7 @@ whatever is wrong with the data, and ``train(config, run, progress=...)``, which
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,12 +52,7 @@ def run_config(
 def _navigation() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from ssl2rl_ray.train import data_hashes, train
 
-    def train_and_draw(config: Any, run: RunDirectory, *, progress: Progress | None) -> Any:
-        summary = train(config, run, progress=progress)
-        _leave_map(run, config, summary["num_env_steps"])
-        return summary
-
-    return data_hashes, train_and_draw
+    return data_hashes, functools.partial(train, is_drawn=True)
 
 
 def _perception() -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -74,7 +70,7 @@ def _ssl2rl() -> tuple[Callable[..., Any], Callable[..., Any]]:
 def _crystfel() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from ssl2rl_ray.tuning.train import data_hashes, train
 
-    return data_hashes, train
+    return data_hashes, functools.partial(train, is_drawn=True)
 
 
 KINDS: dict[str, Callable[[], tuple[Callable[..., Any], Callable[..., Any]]]] = {
@@ -84,24 +80,3 @@ KINDS: dict[str, Callable[[], tuple[Callable[..., Any], Callable[..., Any]]]] = 
     "crystfel": _crystfel,
 }
 """Of each ``kind``: imports and returns ``data_hashes`` and ``train``."""
-
-
-def _leave_map(run: RunDirectory, config: Any, num_env_steps: int) -> None:
-    """The trained policy's tour among the run's TensorBoard events."""
-    import numpy as np
-
-    from envs.cryoem.synthetic import draw_session
-    from ssl2rl_ray.config import navigation_config
-    from ssl2rl_ray.data.folder import read_dataset
-    from ssl2rl_ray.evaluate import contestant, draw_tour
-    from ssl2rl_ray.tensorboard import TensorBoard
-
-    real = [*config.data.validation, *config.data.train]
-    table = (
-        read_dataset(real[0]).table
-        if real
-        else draw_session(np.random.default_rng(0), config.sessions.preset)
-    )
-    image = draw_tour(contestant(str(run.path)), table, navigation_config(config.env))
-    with TensorBoard(run.path / "tensorboard", first_step=num_env_steps + 1) as board:
-        board.image("map", image, num_env_steps)

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ssl2rl_ray.algorithms.module import linear_epsilon
 from ssl2rl_ray.checkpoint import read_state, weights_hash, write_state
 from ssl2rl_ray.runs import RunDirectory, on_interrupt
 from ssl2rl_ray.schema import to_dict, to_yaml
-from ssl2rl_ray.tensorboard import TensorBoard
+from ssl2rl_ray.tensorboard import LEARNED, TensorBoard
 
 Row = dict[str, Any]
 Weights = dict[str, torch.Tensor]
@@ -40,6 +42,8 @@ class Task:
     """All that goes on after a restart."""
     progress: Callable[[Row], None]
     """Told every row."""
+    draw: Callable[[Path], dict[str, np.ndarray]] | None = None
+    """Pictures for TensorBoard, by tag, of the policy in a folder; None: none are made."""
 
 
 def learn(config: Any, run: RunDirectory, algorithm: Any, task: Task) -> Row:
@@ -69,6 +73,7 @@ def learn(config: Any, run: RunDirectory, algorithm: Any, task: Task) -> Row:
             TensorBoard(run.path / "tensorboard", first_step=first_step + 1 if is_begun else 0)
         )
         look = functools.partial(_look, run, algorithm, task, board)
+        album = _Album(run, task, board)
         interrupted = stack.enter_context(on_interrupt())  # before the first sign of life
         if not is_begun:
             if not run.is_stage:
@@ -84,37 +89,27 @@ def learn(config: Any, run: RunDirectory, algorithm: Any, task: Task) -> Row:
                 next_look = _next_multiple(
                     algorithm.num_env_steps, training.evaluation_interval_steps
                 )
+                album.look(algorithm.num_env_steps, is_last=is_over)
                 clock.restart(algorithm.num_env_steps)
             if interrupted.is_set():
                 raise KeyboardInterrupt
         return _finish(run, algorithm, task)
 
 
-_TOLD = {
-    "total_loss": "loss",
-    "q_mean": "q_mean",
-    "support_ends": "support_ends",
-    "policy_loss": "policy_loss",
-    "vf_loss": "value_loss",
-    "vf_explained_var": "value_explained",
-    "entropy": "entropy",
-    "curr_entropy_coeff": "entropy_weight",
-    "gradients_default_optimizer_global_norm": "gradient_norm",
-    "default_optimizer_learning_rate": "learning_rate",
-    "step_size": "step_size",
-    "log_ratio": "log_ratio",
-}
-"""RLlib's name -> ours; each learner has some of them."""
-
-
-def training_row(algorithm: Any, result: Row) -> Row:
+def training_row(algorithm: Any, recipe: Any, result: Row) -> Row:
     """What runners and learner say at the end of an iteration, as far as they do."""
     learner = result.get("learners", {}).get("default_policy", {})
-    return {
+    row: Row = {
         "train/episode_return": algorithm.mean_return,
-        **{f"train/{ours}": learner[name] for name, ours in _TOLD.items() if name in learner},
+        **{f"train/{ours}": learner[name] for name, ours in LEARNED.items() if name in learner},
         "train/num_updates": algorithm.num_updates,
     }
+    if hasattr(recipe, "epsilon_initial"):
+        schedule = recipe.epsilon_initial, recipe.epsilon_final, recipe.epsilon_steps
+        row["train/epsilon"] = linear_epsilon(schedule, algorithm.num_env_steps)
+    if hasattr(algorithm, "policy_lag"):
+        row["train/policy_lag"] = algorithm.policy_lag
+    return row
 
 
 def _look(run: RunDirectory, algorithm: Any, task: Task, board: TensorBoard, row: Row) -> None:
@@ -178,6 +173,25 @@ def _finish(run: RunDirectory, algorithm: Any, task: Task) -> Row:
     }
     run.write_summary(summary)
     return summary
+
+
+class _Album:
+    """Pictures of the best policy so far: ever more rarely, and at the end."""
+
+    def __init__(self, run: RunDirectory, task: Task, board: TensorBoard) -> None:
+        self._run, self._task, self._board, self._next = run, task, board, 0
+
+    def look(self, num_env_steps: int, *, is_last: bool) -> None:
+        policy = self._run.policy
+        if (
+            self._task.draw is None
+            or policy is None
+            or not (is_last or num_env_steps >= self._next)
+        ):
+            return
+        for tag, image in self._task.draw(policy).items():
+            self._board.image(tag, image, num_env_steps)
+        self._next = 2 * num_env_steps
 
 
 class _Clock:

@@ -33,6 +33,21 @@ import numpy as np
 from envs.cryoem.types import FloatArray
 from ssl2rl_ray.runs import STEPS
 
+LEARNED = {
+    "total_loss": "loss",
+    "q_mean": "q_mean",
+    "support_ends": "support_ends",
+    "policy_loss": "policy_loss",
+    "vf_loss": "value_loss",
+    "vf_explained_var": "value_explained",
+    "entropy": "entropy",
+    "curr_entropy_coeff": "entropy_weight",
+    "gradients_default_optimizer_global_norm": "gradient_norm",
+    "default_optimizer_learning_rate": "learning_rate",
+    "step_size": "step_size",
+    "log_ratio": "log_ratio",
+}
+"""What RLlib's learners say -> ``train/...``; each algorithm has some of them."""
 _NOT_COMPARED = ("kind", "compute")
 """Sections that are no hyperparameters ..."""
 _NOT_COMPARED_ENDS = (
@@ -82,7 +97,7 @@ class TensorBoard:
     def begin(self, config: Mapping[str, Any], config_text: str) -> None:
         """Notes what was asked for: hyperparameters (nested plain values), the config as YAML.
 
-        The run counts as running in the tab HPARAMS until it is closed without an error.
+        The run has no end in the tab HPARAMS until it is closed without an error.
         """
         from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -132,8 +147,19 @@ class TensorBoard:
         self._writer.add_custom_scalars({"bands": layout})
         self._writer.flush()
 
-    def close(self) -> None:
-        """Ends the event file."""
+    def close(self, *, is_finished: bool = False) -> None:
+        """Ends the event file.
+
+        Only a run that is finished has an end in the tab HPARAMS: any other may be resumed, and
+        TensorBoard believes the first end that it is told.
+        """
+        if is_finished and self._is_session:
+            from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+
+            end = plugin_data_pb2.SessionEndInfo(
+                status=api_pb2.STATUS_SUCCESS, end_time_secs=self._now()
+            )
+            self._add_session(session_end_info=end)
         self._writer.close()
 
     def __enter__(self) -> Self:
@@ -146,18 +172,8 @@ class TensorBoard:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Closes; a run that ends without an error is finished.
-
-        Any other may be resumed, and TensorBoard believes the first end that it is told.
-        """
-        if kind is None and self._is_session:
-            from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
-
-            end = plugin_data_pb2.SessionEndInfo(
-                status=api_pb2.STATUS_SUCCESS, end_time_secs=self._now()
-            )
-            self._add_session(session_end_info=end)
-        self.close()
+        """Closes; without an error the run is finished."""
+        self.close(is_finished=kind is None)
 
     # ------------------------------------------------------------ how it is written
 

@@ -12,6 +12,7 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,12 @@ from envs.cryoem.stack import SessionStack
 from envs.cryoem.synthetic import PRESETS, draw_session, redraw_labels, synthetic_calibration
 from envs.cryoem.types import FloatArray, HoleTable, NavigationConfig
 from ssl2rl_ray.algorithms.actor_critic import NavigationActorCritic, make_actor_critic
-from ssl2rl_ray.algorithms.module import linear_epsilon
 from ssl2rl_ray.algorithms.networks import QNetwork, Support, choose, make_network, support_of
 from ssl2rl_ray.algorithms.policy import Artefact
 from ssl2rl_ray.config import NavigationRunConfig, check, navigation_config
 from ssl2rl_ray.data.folder import read_dataset
 from ssl2rl_ray.data.splits import label_marks
+from ssl2rl_ray.evaluate import contestant, draw_tour
 from ssl2rl_ray.learn import Task, learn, training_row
 from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.recipes import PolicyAlgorithm, RainbowConfig, ValueAlgorithm
@@ -337,6 +338,7 @@ def train(
     run: RunDirectory,
     *,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    is_drawn: bool = False,
 ) -> dict[str, Any]:
     """Trains to the end, from the run's latest checkpoint if it has one.
 
@@ -345,6 +347,7 @@ def train(
         run: open for writing; gets metrics, checkpoints, TensorBoard events, the best policy (by
             validation) and the summary.
         progress: told each row of metrics; None prints a line to stderr.
+        is_drawn: whether TensorBoard gets a map of the best policy's tour now and then.
 
     Returns:
         The summary.
@@ -376,11 +379,23 @@ def train(
             best_name="best_validation_return",
             validate=validation.play,
             save_policy=lambda weights, folder: _artefact(config, weights).save(folder),
-            training_row=functools.partial(_training_row, config, algorithm),
+            training_row=functools.partial(training_row, algorithm, config.algorithm),
             checkpoint=_checkpoint(config, algorithm),
             progress=progress or _print_row,
+            draw=functools.partial(_map_of, config) if is_drawn else None,
         )
         return learn(config, run, algorithm, task)
+
+
+def _map_of(config: NavigationRunConfig, policy: Path) -> dict[str, np.ndarray]:
+    """The tour of an exported policy on a real session, or on a drawn one where there is none."""
+    real = [*config.data.validation, *config.data.train]
+    table = (
+        read_dataset(real[0]).table
+        if real
+        else draw_session(np.random.default_rng(0), config.sessions.preset)
+    )
+    return {"map": draw_tour(contestant(str(policy)), table, navigation_config(config.env))}
 
 
 def _checkpoint(config: NavigationRunConfig, algorithm: Any) -> Callable[[], dict[str, Any]]:
@@ -410,16 +425,6 @@ def _artefact(config: NavigationRunConfig, weights: dict[str, torch.Tensor]) -> 
         name=algorithm.name,
         **of_values,
     )
-
-
-def _training_row(
-    config: NavigationRunConfig, algorithm: Any, result: dict[str, Any]
-) -> dict[str, Any]:
-    row, recipe = training_row(algorithm, result), config.algorithm
-    if isinstance(recipe, ValueAlgorithm):
-        schedule = recipe.epsilon_initial, recipe.epsilon_final, recipe.epsilon_steps
-        row["train/epsilon"] = linear_epsilon(schedule, algorithm.num_env_steps)
-    return row
 
 
 def _print_row(row: dict[str, Any]) -> None:

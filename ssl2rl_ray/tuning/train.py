@@ -26,11 +26,14 @@ from ssl2rl_ray.learn import Task, learn, training_row
 from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.recipes import AnyRainbow, TuningValueAlgorithm
 from ssl2rl_ray.runs import RunDirectory
+from ssl2rl_ray.tuning.figures import draw_traces
 from ssl2rl_ray.tuning.policy import TuningPolicy, Values, make_network, num_outputs
 
 _VALIDATION_SEED = 20210331
 _VALIDATED_AT = (10, 20)
 """Evaluations, the start included, at which a policy is judged."""
+_DRAWN = 4
+"""Experiments whose traces TensorBoard gets."""
 
 
 def data_hashes(config: CrystFELRunConfig) -> dict[str, str]:
@@ -121,12 +124,28 @@ class Validation:
         row["validation/share_of_best"] = float(np.mean(list(row.values())))
         return row
 
+    def draw(self, policy: TuningPolicy) -> dict[str, np.ndarray]:
+        """The first of the experiments, evaluation by evaluation."""
+        some = slice(0, _DRAWN)
+        bench = SurrogateBench(
+            self.experiments.select(some), self.bench.sample.select(some, slice(None))
+        )
+        trace = tune(
+            bench,
+            policy.config,
+            policy.make,
+            num_evaluations=max(_VALIDATED_AT),
+            rng=np.random.default_rng(0),
+        )
+        return {"trace": draw_traces(trace.best_fraction, self.best[some])}
+
 
 def train(
     config: CrystFELRunConfig,
     run: RunDirectory,
     *,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    is_drawn: bool = False,
 ) -> dict[str, Any]:
     """Trains to the end, from the run's latest checkpoint if it has one.
 
@@ -135,6 +154,7 @@ def train(
         run: open for writing; gets metrics, checkpoints, TensorBoard events, the best policy (by
             validation) and the summary.
         progress: told each row of metrics; None prints a line to stderr.
+        is_drawn: whether TensorBoard gets traces of the best policy now and then.
 
     Returns:
         The summary.
@@ -162,9 +182,10 @@ def train(
             best_name="best_share_of_best",
             validate=lambda weights: validation.play(policy_of(weights, config)),
             save_policy=lambda weights, folder: policy_of(weights, config).save(folder),
-            training_row=functools.partial(training_row, algorithm),
+            training_row=functools.partial(training_row, algorithm, config.algorithm),
             checkpoint=algorithm.checkpoint,
             progress=progress or _print_row,
+            draw=(lambda folder: validation.draw(TuningPolicy.load(folder))) if is_drawn else None,
         )
         return learn(config, run, algorithm, task)
 
