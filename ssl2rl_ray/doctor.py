@@ -12,6 +12,7 @@ import os
 import secrets
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -102,9 +103,9 @@ def _by_job(
     words += [] if storage is None else ["--storage", storage]
     words += [] if num_nodes is None else ["--nodes", str(num_nodes)]
     written: list[str] = []
-    ended = follow(
-        client, submit(job_of_command(words, "doctor", python=python), client), written.append
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        job = job_of_command(words, python=python, archive=Path(folder) / "doctor.zip")
+        ended = follow(client, submit(job, client), written.append)
     logs = "".join(written)
     begin = logs.find("\n{\n") + 1
     with contextlib.suppress(ValueError):
@@ -248,8 +249,8 @@ def _describe_node() -> dict[str, Any]:
         begin = time.perf_counter()
         table = draw_session(np.random.default_rng(0), "demo")
         env = CryoEMNavigationEnv(table, NavigationConfig.preset("paper"))
-        _, info = env.reset(seed=0)
-        env.step(int(np.flatnonzero(info["action_mask"])[0]))
+        env.reset(seed=0)
+        env.step(int(np.flatnonzero(env.action_mask())[0]))
         return time.perf_counter() - begin
 
     def tuning() -> float:

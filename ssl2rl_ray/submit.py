@@ -138,14 +138,10 @@ def job_of(
 
 
 def job_of_command(
-    words: Sequence[str],
-    name: str,
-    *,
-    python: str = "python",
-    archive: str | os.PathLike[str] | None = None,
+    words: Sequence[str], *, python: str = "python", archive: str | os.PathLike[str]
 ) -> Job:
     """The job that does ``ssl2rl WORDS`` on the head, with our code and nothing else."""
-    return _job([python, "-m", "ssl2rl_ray", *words], {}, name, archive)
+    return _job([python, "-m", "ssl2rl_ray", *words], {}, words[0], archive)
 
 
 def _job(
