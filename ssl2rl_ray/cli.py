@@ -242,6 +242,7 @@ def _sweep(args: argparse.Namespace) -> int:
             f"{found['num_trials']} trials, {found['num_concurrent']} at once on the "
             f"{found['num_cpus']:g} CPUs of {found['where']}; nothing was started"
         )
+        lines.append(_sweep_estimate(found["estimate"]))
         _emit(args.json, found, "\n".join(lines))
         return 0
     argv = ["ssl2rl", *args.argv]
@@ -324,6 +325,23 @@ def _doctor(args: argparse.Namespace) -> int:
     report = doctor(args.address, storage=args.storage, num_nodes=args.nodes, python=args.python)
     _emit(args.json, report, format_report(report))
     return 1 if report["num_problems"] else 0
+
+
+def _sweep_estimate(found: dict[str, Any]) -> str:
+    from ssl2rl_ray.sweep.plan import in_bytes, in_minutes
+
+    done = "by the trials that are finished"
+    minutes, size = found["minutes"], found["bytes"]
+    time = (
+        "time not known before a trial is finished (or set tune.trial_min)"
+        if minutes is None
+        else f"about {in_minutes(minutes)}, " + (done if found["num_measured"] else "by trial_min")
+    )
+    disk = "disk not known before a trial is finished"
+    if size is not None:
+        disk = f"about {in_bytes(size)} of disk"
+    free = in_bytes(found["bytes_free"])
+    return f"{found['num_left']} left: {time}; {disk}, {free} are free"
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -85,15 +85,26 @@ def describe(config: Any, presets: Callable[[Any], Any]) -> str:
 
 def out_of_range(config: Any, path: str = "") -> Iterator[str]:
     """Every number of a config, however it was made, that is outside its ``Range``."""
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
+    for name, ranges in _bounds(type(config)).items():
         value, where = getattr(config, name), _join(path, name)
         if dataclasses.is_dataclass(value):
             yield from out_of_range(value, where)
             continue
         values = value if isinstance(value, tuple) else (value,)
-        bounds = [bound for bound in _ranges(hint) if value is not None]
+        bounds = [] if value is None else ranges
         if said := [text for bound in bounds for v in values if (text := bound.problem(v))]:
             yield f"{where}: must be {said[0]}, found {_plain(value)}"
+
+
+@cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """Of a class's fields; found once: a sweep builds thousands of configs."""
+    return get_type_hints(cls, include_extras=True)
+
+
+@cache
+def _bounds(cls: type[Any]) -> dict[str, list[Range]]:
+    return {name: _ranges(hint) for name, hint in _hints(cls).items()}
 
 
 def _ranges(hint: Any) -> list[Range]:
@@ -212,7 +223,7 @@ def build(cls: type[Any], values: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(values, dict):
         problems.append(f"{path}: expected a section ({words(_names(cls))}), found {show(values)}")
         return None
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     before, found = len(problems), {}
     for key, value in values.items():
         where = f"{path}.{key}" if path else str(key)

@@ -314,17 +314,19 @@ def _with_threads(config: RunConfig, num_cpus: int | None, varied: set[str]) -> 
     if num_cpus is None:
         return config
     values = to_dict(config)
+    is_changed = False
     for path, section in sections(values):
         if "num_torch_threads" not in section:
             continue
         name = f"{path}.num_torch_threads".removeprefix(".")
         if name not in varied:
+            is_changed |= section["num_torch_threads"] != num_cpus
             section["num_torch_threads"] = num_cpus
         elif section["num_torch_threads"] > num_cpus:
             raise ConfigError(
                 [f"{name}: {section['num_torch_threads']} is more than tune.num_cpus {num_cpus}"]
             )
-    return from_dict(values)
+    return from_dict(values) if is_changed else config
 
 
 def sections(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -33,6 +33,7 @@ from ssl2rl_ray.sweep.folder import (
     unfinished,
 )
 from ssl2rl_ray.sweep.halving import halving, reporter
+from ssl2rl_ray.sweep.plan import check_disk, estimate
 from ssl2rl_ray.sweep.room import cluster_room, find_room, need_of, num_concurrent, own_cpus
 from ssl2rl_ray.sweep.suggest import config_of
 
@@ -80,7 +81,8 @@ def run_sweep(
     Raises:
         RunError: the folder holds something else, another sweep (each difference is named), or
             another process is at it.
-        ValueError: a trial does not fit on the cluster; then no folder is made.
+        ValueError: a trial does not fit on the cluster, or what the trials leave not on the disk;
+            then no folder is made.
         KeyboardInterrupt: after Ctrl-C, once the trials have saved their states.
     """
     folder = Path(out).resolve()
@@ -88,6 +90,8 @@ def run_sweep(
     reasons: dict[str, dict[str, Any]] = {}
     todo = unfinished(sweep, folder)
     if todo:
+        found = {name: trial_status(folder / name) for name in sweep.trials}
+        check_disk(estimate(sweep, folder, found, 1), folder)
         if not os.environ.get("RAY_ADDRESS"):
             num_concurrent(sweep, find_room())  # before Ray is started
         with local_ray(own_cpus()):
