@@ -4,12 +4,14 @@
 
 A Ray cluster of three nodes on this host: one for the driver, two of one CPU for trials. Of each
 kind (navigation, perception, the loop of SSL²-RL) one sweep of two or three trials is left alone
-and timed. Then others of the same trials get one or two kills (SIGKILL) each: of the driver, which
-is then resumed by ``ssl2rl sweep --resume``; of a worker process; of a node, in whose place a new
-one comes. A moment is drawn from the time until the first trial begins (one in four) or from the
-rest. At the end every run directory is read, those of the loop's stages, too: each round must be
-there once, and the values be those of the sweep that was left alone, times left out. (A policy's
-training that was cut goes on with other episodes: of those the rounds count, not the values.)
+and looked at. Then others of the same trials get one or two kills (SIGKILL) each: of the driver,
+which is then resumed by ``ssl2rl sweep --resume``; of a worker process; of a node, in whose place a
+new one comes. A moment is drawn from the time until the first trial begins (one in four), or from
+the rows of metrics that the trials leave, plus a part of a second.
+
+At the end every run directory is read, those of the loop's stages, too: each round must be there
+once, and the values be those of the sweep that was left alone, times left out. (A policy's training
+that was cut goes on with other episodes: of those the rounds count, not the values.)
 """
 
 from __future__ import annotations
@@ -262,39 +264,68 @@ def kill(driver: subprocess.Popen[str]) -> None:
     driver.communicate()
 
 
-def disturb(
-    file: Path, out: Path, hosts: Hosts, kills: list[tuple[str, float]], rng: np.random.Generator
-) -> tuple[list[str], str, int | None]:
-    """A sweep with kills: who was killed, what the last driver said, and its exit code.
+@dataclass(frozen=True)
+class Kill:
+    """Who, and when: so many seconds after so many rows of metrics are on disk."""
 
-    Each moment counts from where the driver of that time was started, or from the kill before.
-    """
+    victim: str
+    num_rows: int
+    delay_s: float
+
+
+def num_rows(out: Path) -> int:
+    """Rows of metrics that all runs below a folder have."""
+    return sum(path.read_bytes().count(b"\n") for path in out.rglob("metrics.jsonl"))
+
+
+def disturb(
+    file: Path, out: Path, hosts: Hosts, kills: list[Kill], rng: np.random.Generator
+) -> tuple[list[str], str, int | None]:
+    """A sweep with kills: who was killed, what the last driver said, and its exit code."""
     done: list[str] = []
     driver = begin(file, out, hosts.address)
-    for victim, moment_s in kills:
+    for planned in kills:
+        while driver.poll() is None and num_rows(out) < planned.num_rows:
+            time.sleep(0.05)
         try:
-            driver.wait(moment_s)
-            break  # faster than the first one
+            driver.wait(planned.delay_s)
+            break  # it is over
         except subprocess.TimeoutExpired:
             pass
-        if victim == "worker":
+        rows = num_rows(out)
+        if planned.victim == "worker":
             trials = hosts.trials()
             if not trials:
                 continue
             with contextlib.suppress(Exception):  # it may have ended just now
                 trials[rng.integers(len(trials))].kill()
-        elif victim == "node":
+        elif planned.victim == "node":
             hosts.replace(int(rng.integers(len(hosts.nodes))))
         else:
             kill(driver)
             driver = begin(file, out, hosts.address)
-        done.append(f"{victim} after {moment_s:.0f} s")
+        done.append(f"{planned.victim} after {rows} rows")
     try:
-        said, _ = driver.communicate(timeout=300)
+        said, _ = driver.communicate(timeout=400)
         return done, said, driver.returncode
     except subprocess.TimeoutExpired:
         kill(driver)
-        return done, "stuck for 300 s", None
+        return done, "stuck for 400 s", None
+
+
+def draw_kills(rng: np.random.Generator, most: int, rows: int, first_s: float) -> list[Kill]:
+    """One in four before the first row; the others anywhere until the last."""
+    kills = []
+    for _ in range(int(rng.integers(1, most + 1))):
+        is_early = rng.random() < 0.25
+        kills.append(
+            Kill(
+                victim=str(rng.choice(VICTIMS)),
+                num_rows=0 if is_early else int(rng.integers(1, rows)),
+                delay_s=float(rng.uniform(0, first_s if is_early else 1.0)),
+            )
+        )
+    return sorted(kills, key=lambda planned: planned.num_rows)
 
 
 def main() -> None:
@@ -308,7 +339,7 @@ def main() -> None:
     killed: Counter[str] = Counter()
     hosts = Hosts(2)
     with tempfile.TemporaryDirectory() as scratch, contextlib.closing(hosts):
-        files, alone, times = {}, {}, {}
+        files, alone, sizes = {}, {}, {}
         for kind, values in SWEEPS.items():
             files[kind] = Path(scratch) / f"{kind}.yaml"
             files[kind].write_text(yaml.safe_dump(values))
@@ -321,30 +352,29 @@ def main() -> None:
             said, _ = driver.communicate()
             if driver.returncode:
                 raise RuntimeError(f"a sweep that was left alone ended with:\n{said}")
-            times[kind] = (first_s, time.perf_counter() - began)
+            sizes[kind] = (num_rows(out), first_s)
             alone[kind] = results_of(out)
             num = sum(len(found["rounds"]) for found in alone[kind].values())
             print(
-                f"{kind} alone: {times[kind][1]:.0f} s, first trial after {first_s:.0f} s, "
-                f"{num} rounds in {len(alone[kind])} runs",
+                f"{kind} alone: {time.perf_counter() - began:.0f} s, first trial after "
+                f"{first_s:.0f} s, {num} rounds in {len(alone[kind])} runs",
                 flush=True,
             )
-        for i in range(args.sweeps):
-            kind = list(SWEEPS)[i % len(SWEEPS)]
-            first_s, last_s = times[kind]
-            kills = []
-            for _ in range(int(rng.integers(1, args.most + 1))):
-                span = (0, first_s) if rng.random() < 0.25 else (first_s, last_s)
-                kills.append((str(rng.choice(VICTIMS)), float(rng.uniform(*span))))
-            out = Path(scratch) / f"{i}"
+        i = 0
+        while len(verdicts) < args.sweeps:
+            kind = list(SWEEPS)[len(verdicts) % len(SWEEPS)]
+            out, i = Path(scratch) / f"{i}", i + 1
+            kills = draw_kills(rng, args.most, *sizes[kind])
             done, said, code = disturb(files[kind], out, hosts, kills, rng)
+            if not done and code == 0:
+                continue  # nobody was there to be killed
             killed.update(what.split()[0] for what in done)
             verdict = Verdict.of(out, alone[kind])
             if code != 0:
                 verdict.problems.append(f"exit code {code}: {said[-1500:]}")
             verdicts.append(verdict)
             what = "; ".join(verdict.problems) or "complete"
-            print(f"{i:02d} {kind}: {', '.join(done) or 'no kill'}: {what}", flush=True)
+            print(f"{len(verdicts):2d} {kind}: {', '.join(done)}: {what}", flush=True)
     num_complete = sum(not verdict.problems for verdict in verdicts)
     print(
         f"{num_complete} of {len(verdicts)} complete, lost {sum(v.lost for v in verdicts)}, "
