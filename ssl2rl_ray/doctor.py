@@ -502,29 +502,26 @@ def _storage_findings(nodes: Sequence[Facts], storage: str | None) -> Iterator[F
         )
         return
     name_of = {facts["node"]: facts["host"] for facts in nodes}
-    failed = False
-    for facts in nodes:
-        found = facts["storage"]
-        if "error" in found:
-            failed = True
-            yield Finding(
-                what="storage",
-                status="problem",
-                text=f"{storage} on {facts['host']}: {found['error']}",
-                advice="mount the shared folder there, writable for the user that Ray runs as",
-            )
-        elif found["unseen"]:
-            failed = True
-            others = _names([name_of.get(name, name) for name in found["unseen"]])
-            yield Finding(
-                what="storage",
-                status="problem",
-                text=f"{storage} on {facts['host']} is not that on {others}: what is written there "
-                "is not seen here",
-                advice="mount one shared folder (NFS, GPFS, Lustre) under this name on every node",
-            )
+    broken = [facts for facts in nodes if "error" in facts["storage"]]
+    for error, hosts in _by(broken, lambda f: f["storage"]["error"]).items():
+        yield Finding(
+            what="storage",
+            status="problem",
+            text=f"{storage} on {_names(hosts)}: {error}",
+            advice="mount the shared folder there, writable for the user that Ray runs as",
+        )
+    apart = [facts for facts in nodes if facts["storage"].get("unseen")]
+    for facts in apart:
+        others = _names([name_of.get(name, name) for name in facts["storage"]["unseen"]])
+        yield Finding(
+            what="storage",
+            status="problem",
+            text=f"{storage} on {facts['host']} is not that on {others}: what is written there "
+            "is not seen here",
+            advice="mount one shared folder (NFS, GPFS, Lustre) under this name on every node",
+        )
     slowest = max((f["storage"].get("seen_after_s", 0) for f in nodes), default=0)
-    if not failed:
+    if not broken and not apart and nodes:
         yield Finding(
             what="storage",
             status="ok",
@@ -536,11 +533,11 @@ def _storage_findings(nodes: Sequence[Facts], storage: str | None) -> Iterator[F
 def _env_findings(nodes: Sequence[Facts]) -> Iterator[Finding]:
     for what, key in (("cryo-EM env", "navigation_s"), ("CrystFEL env", "tuning_s")):
         bad = [f for f in nodes if isinstance(f[key], Mapping)]
-        for facts in bad:
+        for error, hosts in _by(bad, lambda f, key=key: f[key]["error"]).items():
             yield Finding(
                 what=what,
                 status="problem",
-                text=f"cannot be made on {facts['host']}: {facts[key]['error']}",
+                text=f"cannot be made on {_names(hosts)}: {error}",
                 advice="pip install this checkout there; if it is: please report this",
             )
         if not bad and nodes:
