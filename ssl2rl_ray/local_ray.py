@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 
 
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 def local_ray(num_cpus: int) -> Iterator[None]:
     """A local Ray with at least two CPUs, or the cluster of RAY_ADDRESS, unless one is connected.
 
-    Only what was started or connected here is shut down.
+    Only what was started or connected here is shut down. Raises ValueError where nothing answers at
+    RAY_ADDRESS.
     """
     import ray
 
@@ -20,7 +22,9 @@ def local_ray(num_cpus: int) -> Iterator[None]:
         yield
         return
     own = {}
-    if not os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_it_answers(address)
+    else:
         # "local": else Ray joins any cluster that it finds on this machine
         own = {"address": "local", "num_cpus": max(2, num_cpus), "include_dashboard": False}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
@@ -28,3 +32,17 @@ def local_ray(num_cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_it_answers(address: str) -> None:
+    """Asked at once, as ``host:port``; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not port.isdigit():  # auto, or ray://
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ValueError(
+            f"no Ray cluster answers at RAY_ADDRESS {address} ({error}): start it or correct the "
+            "address; without RAY_ADDRESS there is a Ray of this machine's own"
+        ) from error
