@@ -118,12 +118,12 @@ SWEEPS: dict[str, dict[str, Any]] = {
 
 
 def without_times(value: Any) -> Any:
-    """Plain values without what differs from one machine, moment and attempt to the next."""
+    """Plain values without seconds (``_s`` ends their names), moments and attempts."""
     if isinstance(value, dict):
         return {
             k: without_times(v)
             for k, v in value.items()
-            if not (k in ("attempt", "time") or "wall_s" in k or k.endswith("_per_s"))
+            if not (k in ("attempt", "time") or k.endswith("_s") or k.startswith("wall_s/"))
         }
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
