@@ -27,7 +27,7 @@ from ssl2rl_ray.tensorboard import Curve, TensorBoard, read_curves
 
 _NAMED_BY = {"perception": "training.method", "ssl2rl": "method"}
 """Setting that names a group; elsewhere the algorithm."""
-_JUDGED = ("criterion", "validation", "selection", "test", "selection_posterior", "test_posterior")
+_JUDGED = ("validation", "selection", "test", "selection_posterior", "test_posterior")
 """First parts of the tags that get a band: what is judged, not what training says of itself."""
 _SEED = 20210831
 """Of the resamples, that of ``ssl2rl compare``: the same runs give the same numbers."""

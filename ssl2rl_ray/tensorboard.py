@@ -220,7 +220,8 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
         is_section = name.split(".")[0] in _NOT_COMPARED
         if value is None or is_data or is_section or name.split(".")[-1] in _NOT_COMPARED_ENDS:
             continue
-        found[name] = value if isinstance(value, bool | float | int | str) else str(value)
+        column = name.removesuffix(".name")  # before its settings in the order of letters
+        found[column] = value if isinstance(value, bool | float | int | str) else str(value)
     return found
 
 

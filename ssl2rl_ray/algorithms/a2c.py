@@ -404,6 +404,7 @@ def common_settings(
         min_time_s_per_iteration=0,
         min_sample_timesteps_per_iteration=0,
         metrics_num_episodes_for_smoothing=training.num_envs_per_runner,
+        log_gradients=True,  # their norm, also where none is cut off
     )
     rllib.debugging(seed=seed, log_level="ERROR")
     rllib._dont_auto_sync_env_runner_states = True  # ours sends the step count too
