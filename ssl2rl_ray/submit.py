@@ -51,6 +51,9 @@ PATHS = (
 _ENV = {"PYTHONUNBUFFERED": "1"}  # logs as they are written
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # in archives, so that equal contents are equal files
 _PATIENCE_S = 60.0
+"""How long a cluster may be out of reach while a job is followed."""
+_WAIT_S = 20.0
+"""After which is said that a job has not begun yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,11 +402,15 @@ def follow(client: Any, job_id: str, write: Callable[[str], Any]) -> dict[str, A
     async def tail() -> None:
         nonlocal num_written
         num_seen = 0  # the logs come from their beginning each time
-        async for text in client.tail_job_logs(job_id):
-            num_seen += len(text)
-            if new := text[max(0, len(text) - max(0, num_seen - num_written)) :]:
-                write(new)
-                num_written += len(new)
+        waiting = asyncio.create_task(_tell_if_waiting(client, job_id, write))
+        try:
+            async for text in client.tail_job_logs(job_id):
+                num_seen += len(text)
+                if new := text[max(0, len(text) - max(0, num_seen - num_written)) :]:
+                    write(new)
+                    num_written += len(new)
+        finally:
+            waiting.cancel()
 
     deadline = time.monotonic() + _PATIENCE_S
     while True:
@@ -427,6 +434,15 @@ def follow(client: Any, job_id: str, write: Callable[[str], Any]) -> dict[str, A
         code = code if code >= 0 else 128 - code
         text = f"{status}, exit code {code}"  # Ray's message says the logs again
     return {"status": status, "exit_code": code, "message": text}
+
+
+async def _tell_if_waiting(client: Any, job_id: str, write: Callable[[str], Any]) -> None:
+    """A job that asks for more than any free node has waits without a word; this is the word."""
+    await asyncio.sleep(_WAIT_S)
+    with contextlib.suppress(OSError, RuntimeError):
+        info = await asyncio.to_thread(client.get_job_info, job_id)
+        if info.status.value == "PENDING":
+            write(f"still waiting for a place: {info.message}\n")
 
 
 def how_to_go_on(job_id: str, address: str) -> str:

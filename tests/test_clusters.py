@@ -231,16 +231,15 @@ def test_the_slurm_script_starts_ray_asks_the_doctor_and_ends_as_the_sweep_does(
 
 
 def test_the_slurm_script_hands_the_warning_of_the_time_limit_on(slurm, tmp_path):
-    ran = subprocess.Popen(
+    with subprocess.Popen(
         ["bash", ROOT / "deploy" / "slurm.sbatch", "smoke.yaml", tmp_path / "shared" / "smoke"],
         env={**slurm, "DRIVER": "waits"},
         stdout=subprocess.PIPE,
         text=True,
-    )
-    assert ran.stdout is not None and ran.stdout.readline() == "up\n"
-    ran.send_signal(signal.SIGINT)
-    assert ran.wait(timeout=30) == 130
-    ran.stdout.close()
+    ) as ran:
+        assert ran.stdout is not None and ran.stdout.readline() == "up\n"
+        ran.send_signal(signal.SIGINT)
+        assert ran.wait(timeout=30) == 130
 
 
 # ---- what a job sends ----------------------------------------------------------------------------
@@ -490,6 +489,27 @@ def test_logs_are_written_once_and_the_job_s_exit_code_is_ours(ends, code, monke
     assert "why" in result["message"] or ends[1] is not None
 
 
+def test_a_job_that_waits_for_a_place_is_told(monkeypatch):
+    monkeypatch.setattr(jobs, "_WAIT_S", 0.0)
+    client = Client(["begun"], ("SUCCEEDED", 0))
+    states = iter(["PENDING", "SUCCEEDED"])
+
+    async def tail_job_logs(job_id: str):
+        while not written:
+            await jobs.asyncio.sleep(0.01)
+        yield "begun"
+
+    def get_job_info(job_id: str) -> SimpleNamespace:
+        name = next(states)
+        status = SimpleNamespace(value=name, is_terminal=lambda: name == "SUCCEEDED")
+        return SimpleNamespace(status=status, driver_exit_code=0, message="no node is free")
+
+    client.tail_job_logs, client.get_job_info = tail_job_logs, get_job_info  # type: ignore
+    written: list[str] = []
+    follow(client, "id", written.append)
+    assert written == ["still waiting for a place: no node is free\n", "begun"]
+
+
 # ---- what the doctor says ------------------------------------------------------------------------
 
 HEALTHY = {
@@ -587,15 +607,20 @@ class Cluster:
     env: dict[str, str]
     folder: Path
 
-    def ssl2rl(self, *words: str, **env: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    @contextlib.contextmanager
+    def ssl2rl(self, *words: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+        with subprocess.Popen(
             [sys.executable, "-m", "ssl2rl_ray", *words],
             cwd=self.folder,
             env={**self.env, "PYTHONPATH": str(ROOT), **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -665,17 +690,21 @@ def cluster() -> Iterator[Cluster]:
 def test_jobs_on_two_nodes_end_as_they_should_and_the_doctor_finds_them_well(cluster):
     """At once, to save time: the smoke sweep, a job that fails, and the doctor."""
     bad = cluster.folder / "bad.yaml"
-    bad.write_text("{kind: navigation, data: {train: [/nowhere/to/be/found]}}")
+    bad.write_text(
+        "{kind: navigation, data: {train: [/not/there]}, training: {num_torch_threads: 1}}"
+    )
     results = cluster.folder / "results"
     results.mkdir()
     to = ("--address", cluster.address)
-    sweep = cluster.ssl2rl("submit", str(SMOKE), *to, "--out", str(results / "smoke"))
-    failing = cluster.ssl2rl("submit", str(bad), *to, "--out", str(results / "bad"))
-    well = cluster.ssl2rl("doctor", *to, "--storage", str(results), "--nodes", "2", "--json")
-    said = {
-        name: p.communicate(timeout=280)[0]
-        for name, p in (("failing", failing), ("well", well), ("sweep", sweep))
-    }
+    with (
+        cluster.ssl2rl("submit", str(SMOKE), *to, "--out", str(results / "smoke")) as sweep,
+        cluster.ssl2rl("submit", str(bad), *to, "--out", str(results / "bad")) as failing,
+        cluster.ssl2rl("doctor", *to, "--storage", str(results), "--nodes", "2", "--json") as well,
+    ):
+        said = {
+            name: process.communicate(timeout=280)[0]
+            for name, process in (("failing", failing), ("well", well), ("sweep", sweep))
+        }
 
     assert sweep.returncode == 0, said["sweep"]
     assert "2 of 2 trials finished" in said["sweep"]
@@ -684,7 +713,7 @@ def test_jobs_on_two_nodes_end_as_they_should_and_the_doctor_finds_them_well(clu
         assert manifest["status"] == "finished" and len(manifest["attempts"]) == 1
 
     assert failing.returncode == 2, said["failing"]
-    assert "/nowhere/to/be/found" in said["failing"] and "FAILED, exit code 2" in said["failing"]
+    assert "/not/there" in said["failing"] and "FAILED, exit code 2" in said["failing"]
 
     report = json.loads(said["well"])
     assert (well.returncode, report["num_problems"]) == (0, 0), said["well"]
@@ -721,10 +750,9 @@ def test_a_job_without_the_token_is_refused_by_a_cluster_that_our_files_started(
         timeout=60,
     )
     assert ray_job.returncode != 0 and "Authentication required" in ray_job.stderr
-    ours = cluster.ssl2rl(
-        "submit", str(SMOKE), "--address", cluster.address, "--out", "/x", HOME="/nonexistent"
-    )
-    assert "no token" in ours.communicate(timeout=60)[0] and ours.returncode == 2
+    words = ("submit", str(SMOKE), "--address", cluster.address, "--out", "/x")
+    with cluster.ssl2rl(*words, HOME="/nonexistent") as ours:
+        assert "no token" in ours.communicate(timeout=60)[0] and ours.returncode == 2
     assert not (cluster.folder / "taken").exists()
     port = int(cluster.address.rsplit(":", 1)[1])
     others = [a[4][0] for a in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)]
