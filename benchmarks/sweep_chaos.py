@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,7 +207,9 @@ class Hosts:
         from ray.cluster_utils import Cluster
 
         self._store_bytes = object_store_mb * 2**20
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": self._store_bytes}
+        self._folder = tempfile.mkdtemp(prefix="ray-")  # nobody else finds it
+        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": self._folder}
+        head |= {"object_store_memory": self._store_bytes}
         self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self._new() for _ in range(num_nodes)]
 
@@ -240,6 +243,7 @@ class Hosts:
     def close(self) -> None:
         """Ends all of it."""
         self._cluster.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def begin(file: Path, out: Path, address: str) -> subprocess.Popen[str]:

@@ -65,10 +65,10 @@ def await_that(is_so: Callable[[], object], driver: subprocess.Popen[str]) -> No
         time.sleep(0.02)
 
 
-def checkpoints(folder: Path, status: str = "running") -> int:
-    """How many the trials of that status have."""
+def num_under_way(folder: Path) -> int:
+    """Trials that run and have a checkpoint to go on from."""
     found = [RunDirectory.open(path.parent) for path in folder.glob("*/manifest.json")]
-    return sum(run.checkpoints[-1]["step"] > 0 for run in found if run.status == status)
+    return sum(run.status == "running" and run.latest is not None for run in found)
 
 
 def plain(path: Path, folder: Path) -> dict[str, dict]:
@@ -98,11 +98,11 @@ def test_worker_node_and_driver_killed_one_after_the_other(hosts, tmp_path):
     """Each when a trial has a checkpoint: it goes on from there, elsewhere, and ends the same."""
     path, out = write(tmp_path, CLASSIFIER, [0, 1, 2]), tmp_path / "out"
     with begin(path, out, hosts.address) as driver:
-        await_that(lambda: checkpoints(out), driver)
+        await_that(lambda: num_under_way(out), driver)
         hosts.trials()[0].kill()
-        await_that(lambda: checkpoints(out) == 2, driver)
+        await_that(lambda: num_under_way(out) == 2, driver)
         hosts.replace(1)
-        await_that(lambda: checkpoints(out), driver)
+        await_that(lambda: num_under_way(out), driver)
         kill(driver)
     with begin(path, out, hosts.address) as driver:
         said, _ = driver.communicate()
@@ -120,7 +120,7 @@ def test_a_policy_outlives_the_node_of_its_env_runner(hosts, tmp_path):
     """Its fragments pass through an object store of 80 MB; rounds are whole, values may differ."""
     path, out = write(tmp_path, POLICY, [0]), tmp_path / "out"
     with begin(path, out, hosts.address) as driver:
-        await_that(lambda: checkpoints(out), driver)
+        await_that(lambda: num_under_way(out), driver)
         hosts.replace(0)  # the trial's or its runner's: each node holds one of them
         said, _ = driver.communicate()
     assert driver.returncode == 0, said
