@@ -432,15 +432,6 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path):
         assert train(config, run, progress=lambda row: None)["num_env_steps"] >= 600
 
 
-def test_a_whole_run_repeats_itself(tmp_path):
-    config = run_config(num_env_steps=400)
-    hashes = []
-    for name in "ab":
-        with RunDirectory.create(tmp_path / name, config) as run:
-            hashes.append(train(config, run, progress=lambda row: None)["weights_hash"])
-    assert hashes[0] == hashes[1]
-
-
 def test_tables_of_other_sessions_are_noticed():
     config = run_config("paper")
     other = dataclasses.replace(config, seed=4)  # another pool of sessions
