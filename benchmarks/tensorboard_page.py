@@ -1,6 +1,6 @@
 """The real TensorBoard page of some runs as a picture: headless Chromium, nothing else.
 
-    python benchmarks/tensorboard_page.py runs/side-by-side --out docs/images/tensorboard.png
+    python benchmarks/tensorboard_page.py runs/side-by-side --out page.png --tags criterion
 
 ``--tab`` is one of TensorBoard's own (``timeseries``, ``scalars``, ``hparams``, ``custom_scalars``,
 ``images``, ``text``). The server listens on the loopback only and ends with the picture.
@@ -21,6 +21,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from PIL import Image
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 START_S = 120
@@ -72,6 +74,7 @@ def picture(url: str, out: Path, size: tuple[int, int]) -> None:
         flags += [f"--user-data-dir={own}", f"--window-size={size[0]},{size[1]}"]
         flags += ["--virtual-time-budget=60000", f"--screenshot={out.resolve()}", url]
         subprocess.run([browser, *flags], check=True, capture_output=True, timeout=300)
+    Image.open(out).convert("RGB").quantize(200).save(out, optimize=True)
 
 
 def main() -> None:

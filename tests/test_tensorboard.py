@@ -586,15 +586,6 @@ def test_a_mode_is_max_or_min(tmp_path):
         TensorBoardLogger(mode="best")
 
 
-def experiment(point: dict[str, Any]) -> None:
-    """A function trainable."""
-    from ray import tune
-
-    for i in range(3):
-        row = {"num_env_steps": 100 * (i + 1), "validation/episode_return": point["lr"] * i}
-        tune.report(row)
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
@@ -605,6 +596,11 @@ def test_a_tuner_of_a_users_own(tmp_path, monkeypatch):
     from ray.rllib.algorithms.ppo import PPOConfig
 
     monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
+
+    def experiment(point: dict[str, Any]) -> None:
+        for i in range(3):
+            score = point["lr"] * i
+            tune.report({"num_env_steps": 100 * (i + 1), "validation/episode_return": score})
 
     def fit(trainable: Any, space: Any, name: str, **stop: int) -> dict[str, set[str]]:
         settings = tune.RunConfig(

@@ -33,6 +33,7 @@ from ssl2rl_ray.perception.predict import predict
 from ssl2rl_ray.perception.sample import read_pseudo_labels, sample_of, split_of
 from ssl2rl_ray.perception.trainer import data_hashes, train_classifier
 from ssl2rl_ray.runs import RunDirectory
+from ssl2rl_ray.tensorboard import read_curves
 
 torch.set_num_threads(1)
 
@@ -665,6 +666,11 @@ def test_one_worker_of_ray_train_gives_the_weights_of_this_process(
     assert [row["epoch"] for row in rows] == list(range(1, 10))
     assert model_bytes(tmp_path / "run") == model_bytes(run.path)
     assert RunDirectory.open(tmp_path / "run").summary == run.summary
+    ours, theirs = (read_curves(path / "tensorboard") for path in (run.path, tmp_path / "run"))
+    assert ours.keys() == theirs.keys()  # epoch by epoch, from the driver
+    for tag in ("train/loss_supervised", "validation/accuracy"):
+        assert ours[tag].step.tolist() == theirs[tag].step.tolist()
+        assert ours[tag].value.tolist() == theirs[tag].value.tolist()
     left = {entry.name for entry in (tmp_path / "run").iterdir()}
     assert left == {entry.name for entry in run.path.iterdir()}  # nothing of Train's own
 
