@@ -898,6 +898,75 @@ def test_a_failing_trial_does_not_stop_the_others(tmp_path, home, demo_images):
     assert all(line.startswith(("running ", "finished ", "failed ", str(out))) for line in lines)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_search_whose_driver_is_killed_tries_the_same_points(tmp_path, home):
+    """Optuna asks and ASHA stops; one place, so that both know the same at each moment."""
+    training = {"num_epochs": 18, "evaluation_interval_epochs": 1}
+    path = write(
+        tmp_path,
+        base={**BASE, "training": {**BASE["training"], **training}},
+        space={"training.learning_rate": {"loguniform": [1e-4, 1]}},
+        tune={
+            "num_cpus": 1,
+            "max_concurrent": 1,
+            "search": "optuna",
+            "num_samples": 5,
+            "scheduler": "asha",
+        },
+    )
+    with command(home, "sweep", path, "--out", tmp_path / "whole") as process:
+        said, _ = process.communicate()
+    assert process.returncode == 0, said
+    with command(home, "sweep", path, "--out", tmp_path / "killed") as process:
+        wait_for(process, "running     trial-2")
+    with command(home, "sweep", path, "--out", tmp_path / "killed", "--resume") as process:
+        said, _ = process.communicate()
+    assert process.returncode == 0, said
+
+    def outcome(out: Path) -> dict[str, tuple]:
+        runs = {name: RunDirectory.open(out / name) for name in load_sweep(path).trials}
+        return {
+            name: (
+                run.status,
+                run.config.training.learning_rate,  # type: ignore[union-attr]
+                run.metrics()["validation/accuracy"].tolist(),
+            )
+            for name, run in runs.items()
+        }
+
+    whole = outcome(tmp_path / "whole")
+    assert whole == outcome(tmp_path / "killed")
+    assert whole["trial-0"][0] == "finished"  # the first at every rung
+    for status, _, accuracies in whole.values():  # rungs at 2 and 6 epochs
+        assert (len(accuracies), status) in ((18, "finished"), (2, "stopped"), (6, "stopped"))
+    assert "trials finished" in said.splitlines()[-1]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPUs cannot be chosen here")
+def test_workers_of_trials_get_their_cpus(tmp_path, home):
+    """On two CPUs: two trials would hold both, and their workers wait for ever."""
+    path = write(tmp_path, base={**BASE, "compute": {"num_workers": 1, "num_torch_threads": 1}})
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:2])  # inherited
+    try:
+        with command(home, "sweep", path, "--out", tmp_path / "out") as process:
+            said, _ = process.communicate()
+    finally:
+        os.sched_setaffinity(0, before)
+    assert process.returncode == 0, said
+    assert [line.split("(")[0].split() for line in said.splitlines()[:-1]] == [
+        ["running", "seed-0"],
+        ["finished", "seed-0"],
+        ["running", "seed-1"],
+        ["finished", "seed-1"],
+    ]
+
+
 @pytest.fixture(scope="module")
 def demo_images(tmp_path_factory) -> Path:
     """A small session with images."""
