@@ -198,9 +198,9 @@ def look(
 
 def _dashboard() -> str | None:
     """host:port of the dashboard of the cluster that is connected."""
-    from ray._private.worker import get_dashboard_url  # what ray.init() returns, too late for us
+    from ray._private.services import get_webui_url_from_internal_kv  # Ray has no public word
 
-    return get_dashboard_url() or None
+    return get_webui_url_from_internal_kv()
 
 
 def _describe_node() -> dict[str, Any]:

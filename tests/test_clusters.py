@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -604,6 +605,8 @@ def free_ports(count: int) -> list[int]:
 @dataclasses.dataclass
 class Cluster:
     address: str
+    agents: tuple[str, ...]
+    """Of each node: where its agent listens, on all interfaces; the head's takes jobs, too."""
     env: dict[str, str]
     folder: Path
 
@@ -628,7 +631,7 @@ def cluster() -> Iterator[Cluster]:
     """Two nodes, started by the commands of cluster.yaml with ports and folders of their own."""
     folder = Path(tempfile.mkdtemp(prefix="s2r"))  # short: paths of sockets have at most 107 bytes
     starts = ray_starts(ROOT / "cluster.yaml")
-    gcs, web, *ports = free_ports(12)
+    gcs, web, client, *ports = free_ports(13)
     head_ports, worker_ports = ports[:5], ports[5:]
     (folder / ".ray").mkdir()
     token = folder / ".ray" / "auth_token"
@@ -667,10 +670,11 @@ def cluster() -> Iterator[Cluster]:
 
     processes = []
     try:
-        more = f"--port={gcs} --dashboard-port={web} --ray-client-server-port={ports[-1]}"
+        more = f"--port={gcs} --dashboard-port={web} --ray-client-server-port={client}"
         processes.append(started("head", head_ports, *more.split()))
         processes.append(started("worker", worker_ports, f"--address=127.0.0.1:{gcs}"))
-        yield Cluster(f"http://127.0.0.1:{web}", env, folder)
+        agents = tuple(f"http://127.0.0.1:{p[4]}" for p in (head_ports, worker_ports))
+        yield Cluster(f"http://127.0.0.1:{web}", agents, env, folder)
     finally:
         for process in reversed(processes):
             process.terminate()  # `ray start --block` ends what it started
@@ -732,14 +736,13 @@ def test_a_job_without_the_token_is_refused_by_a_cluster_that_our_files_started(
     import urllib.request
 
     body = json.dumps({"entrypoint": f"touch {cluster.folder}/taken"}).encode()
-    for headers, status in (({}, 401), ({"Authorization": "Bearer " + "0" * 64}, 403)):
-        request = urllib.request.Request(
-            f"{cluster.address}/api/jobs/",
-            data=body,
-            headers={"Content-Type": "application/json", **headers},
-        )
+    browser = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    doors = [f"{cluster.address}/api/jobs/", *(f"{a}/api/job_agent/jobs/" for a in cluster.agents)]
+    tries = (({}, 401), ({"Authorization": "Bearer " + "0" * 64}, 403))
+    for door, (headers, status) in itertools.product(doors, tries):
+        json_headers = {"Content-Type": "application/json", **headers}
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
+            browser.open(urllib.request.Request(door, body, json_headers), timeout=30)
         assert refused.value.code == status
         refused.value.close()
     ray_job = subprocess.run(
