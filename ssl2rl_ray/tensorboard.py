@@ -88,11 +88,16 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
-        self._pause_s = self._trained_s = 0.0
-        self._is_session = False
-        if first_step:
-            self._go_on(first_step)
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        kept = _Kept.of(folder, first_step)
+        self._trained_s, self._is_session = kept.trained_s, kept.is_session
+        self._pause_s = time.time() - kept.last[-1].wall_time if kept.last else 0.0
+        # The last step that stays is written once more: TensorBoard's fast loader takes points out
+        # for a point at or below them only, its slow one for the step that is announced.
+        last = kept.last[-1].step if kept.last else first_step
+        self._writer = SummaryWriter(str(folder), purge_step=last)
+        for event in kept.last:
+            self._writer._get_file_writer().add_event(event, last, event.wall_time)
+        self._writer.flush()
 
     def begin(self, config: Mapping[str, Any], config_text: str) -> None:
         """Notes what was asked for: hyperparameters (nested plain values), the config as YAML.
@@ -191,23 +196,6 @@ class TensorBoard:
         self._writer._get_file_writer().add_summary(Summary(value=[value]), 0, self._now())
         self._writer.flush()
 
-    def _go_on(self, first_step: int) -> None:
-        """Takes time, seconds of training and session over from the kept part of the run."""
-        from tensorboard.plugins.hparams import metadata
-
-        last = None
-        for event in _events(self.folder):
-            for value in event.summary.value:
-                if value.tag == metadata.SESSION_START_INFO_TAG:
-                    self._is_session = True
-                if event.step >= first_step or value.WhichOneof("value") != "simple_value":
-                    continue
-                last = max(event.wall_time, last or event.wall_time)
-                if value.tag == "wall_s":
-                    self._trained_s = max(self._trained_s, value.simple_value)
-        if last is not None:
-            self._pause_s = max(time.time() - last, 0)
-
 
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
     """What is worth a column beside results: dotted names, plain values, lists as text.
@@ -233,12 +221,38 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def _events(folder: Path) -> Iterator[Any]:
-    """What is in the event files of a folder, the oldest first; a torn end is left out."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+@dataclass
+class _Kept:
+    """What a run that is resumed takes over from its event files."""
 
-    for path in sorted(folder.glob("events.*")):
-        yield from LegacyEventFileLoader(str(path)).Load()
+    last: list[Any]
+    """Events of the last step that stays."""
+    trained_s: float = 0.0
+    is_session: bool = False
+
+    @classmethod
+    def of(cls, folder: Path, first_step: int) -> _Kept:
+        """Reads the events below a step; a torn end of a file is left out."""
+        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.plugins.hparams import metadata
+
+        found = cls(last=[])
+        for path in sorted(folder.glob("events.*")) if first_step else []:
+            for event in LegacyEventFileLoader(str(path)).Load():
+                if event.session_log.status == SessionLog.START:  # what stays is told after it
+                    found = cls(last=[], is_session=found.is_session and event.step > 0)
+                elif event.summary.value and event.step < first_step:
+                    reached = max((other.step for other in found.last), default=-1)
+                    if event.step > reached:
+                        found.last = []
+                    if event.step >= reached:
+                        found.last.append(event)
+                    for value in event.summary.value:
+                        found.is_session |= value.tag == metadata.SESSION_START_INFO_TAG
+                        if value.tag == "wall_s":
+                            found.trained_s = max(found.trained_s, value.simple_value)
+        return found
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:

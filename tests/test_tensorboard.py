@@ -352,7 +352,11 @@ def test_a_resumed_run_has_no_pause_and_no_point_twice(tmp_path, monkeypatch):
         for step in (0, 100, 200, 300):
             board.log({"a": float(step), "wall_s": step / 10}, step)
             now += 10
-    now = 9000.0
+    for _ in range(2):  # started again before the next point, too
+        now = 9000.0
+        with TensorBoard(tmp_path, first_step=201) as board:
+            pass
+        assert read_curves(tmp_path)["a"].step.tolist() == [0, 100, 200]
     with TensorBoard(tmp_path, first_step=201) as board:
         now += 5
         board.log({"a": 7.0, "wall_s": 5.0}, 250)
