@@ -296,7 +296,7 @@ def _submit(args: argparse.Namespace) -> int:
         archive=args.archive,
     )
     command = command_line(job, args.address)
-    result: dict[str, Any] = {"archive": str(job.archive), "command": command, "out": args.out}
+    result: dict[str, Any] = {"archive": str(job.archive), "command": command, "out": job.out}
     talk = sys.stderr if args.json == "-" else sys.stdout
     print(describe(job), command, sep="\n", file=talk, flush=True)
     if args.dry_run:
@@ -723,10 +723,15 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("submit", _submit, "run or sweep on a cluster, as a Ray job")
     sub.add_argument("config", metavar="CONFIG", help="of a run or a sweep")
     sub.add_argument(
-        "--address", default="http://127.0.0.1:8265", metavar="URL", help="dashboard (%(default)s)"
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"),
+        metavar="URL",
+        help="dashboard (%(default)s)",
     )
     sub.add_argument(
-        "--out", required=True, metavar="DIR", help="absolute, on storage that every node sees"
+        "--out",
+        metavar="DIR",
+        help="which every node sees, or a name below the cluster's storage_path (NAME-TIME)",
     )
     sub.add_argument("--set", action="append", default=[], metavar="a.b=c", help="repeatable")
     sub.add_argument("--resume", action="store_true", help="go on with what is in DIR")
@@ -743,8 +748,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--address", metavar="URL", help="dashboard (the cluster of RAY_ADDRESS, or this machine)"
     )
-    sub.add_argument("--storage", metavar="DIR", help="for results; every node must see it")
-    sub.add_argument("--nodes", type=_positive(int), metavar="N", help="there should be; waits")
+    sub.add_argument(
+        "--storage", metavar="DIR", help="for results, seen by every node (storage_path)"
+    )
+    sub.add_argument(
+        "--nodes", type=_positive(int), metavar="N", help="that there should be; waits for them"
+    )
     sub.add_argument("--python", default="python", help="of the nodes of URL (%(default)s)")
     with_json(sub)
 

@@ -36,6 +36,8 @@ Facts = Mapping[str, Any]
 _GIB = 2**30
 _ANSWER_S = 180.0
 """What a node's answer may take; the first import of torch from a network disk is slow."""
+_COME_S = 300.0
+"""What nodes that should be there may take to come."""
 _SEEN_S = 30.0
 """What a file may take to be seen on other nodes: NFS remembers folders for a while."""
 
@@ -61,7 +63,8 @@ def doctor(
 
     Args:
         address: the dashboard of a cluster; None = the cluster of RAY_ADDRESS, else this machine.
-        storage: folder for results, which every node must see.
+        storage: folder for results, which every node must see; None = the cluster's storage_path
+            (SSL2RL_STORAGE), if it has one.
         num_nodes: that there should be; waited for.
         python: how the nodes of ``address`` call theirs.
 
@@ -73,6 +76,7 @@ def doctor(
     """
     if address is not None:
         return _by_job(address, storage, num_nodes, python)
+    storage = storage or os.environ.get("SSL2RL_STORAGE")
     with local_ray(2):
         where, nodes, dashboard = look(storage, num_nodes)
         mode = authentication_mode(f"http://{dashboard}") if dashboard else None
@@ -144,7 +148,7 @@ def look(
     from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + _COME_S
     while num_nodes and sum(n["Alive"] for n in ray.nodes()) < num_nodes:
         if time.monotonic() > deadline:
             break
@@ -498,7 +502,8 @@ def _storage_findings(nodes: Sequence[Facts], storage: str | None) -> Iterator[F
             what="storage",
             status="warning",
             text="not looked at",
-            advice="--storage DIR: the folder for results, which every node must see",
+            advice="--storage DIR: the folder for results, which every node must see (or set "
+            "SSL2RL_STORAGE where Ray is started)",
         )
         return
     name_of = {facts["node"]: facts["host"] for facts in nodes}

@@ -3,7 +3,8 @@
 What a job needs travels in one zip archive, made afresh and kept: the code of ``ssl2rl_ray`` and
 ``envs`` as it is here, the config, and the datasets that the config names by relative paths. It is
 the job's working directory on every node, so the cluster runs this code whatever is installed
-there, and nothing is fetched when the job starts. Results go to a folder that every node sees.
+there, and nothing is fetched when the job starts. That folder is temporary: results go to one that
+every node sees.
 
 The cluster asks for a token, as the deployment files set it. It is read where Ray reads it, and
 sent only to a cluster that asks for it.
@@ -25,6 +26,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ PATHS = (
 )
 """Fields of configs that name files or folders."""
 _ENV = {"PYTHONUNBUFFERED": "1"}  # logs as they are written
+_STORAGE = '"${SSL2RL_STORAGE:?is not set on the cluster, name an absolute --out}"'
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # in archives, so that equal contents are equal files
 _PATIENCE_S = 60.0
 """How long a cluster may be out of reach while a job is followed."""
@@ -70,6 +73,8 @@ class Job:
     num_cpus: float = 0
     """Of the entrypoint's own process; 0: it runs on the head and trains nothing itself."""
     num_gpus: float = 0
+    out: str = ""
+    """Where its results go; relative: below the cluster's storage_path."""
 
 
 Files = dict[str, Path | bytes]
@@ -81,7 +86,7 @@ Files = dict[str, Path | bytes]
 
 def job_of(
     config: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     *,
     overrides: Sequence[str] = (),
     resume: bool = False,
@@ -93,7 +98,9 @@ def job_of(
 
     Args:
         config: of a run or a sweep.
-        out: folder for the run or the trials, absolute, seen by every node.
+        out: folder for the run or the trials, which every node must see; where it is relative,
+            below the cluster's storage_path (SSL2RL_STORAGE, which the deployment files set for
+            all of its processes). None = NAME-TIME there.
         overrides: as for ``--set``.
         resume: go on with what is in ``out``.
         num_gpus: of a run; a sweep's file says what its trials get.
@@ -101,14 +108,11 @@ def job_of(
         archive: where the zip file is kept; None = ``runs/submitted/NAME-DIGEST.zip``.
 
     Raises:
-        ValueError: a mistake in the config, a relative ``out``, data that are not there, or more
-            than Ray takes.
+        ValueError: a mistake in the config, data that are not there, or more than Ray takes.
     """
-    if not os.path.isabs(out):
-        raise ValueError(
-            f"--out {os.fspath(out)!r} is relative: a job's own folder is temporary, and what is "
-            "written there is lost; name an absolute folder that every node sees (shared storage)"
-        )
+    out = os.path.normpath(out or f"{Path(config).stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    if out.split(os.sep)[0] in ("..", "."):
+        raise ValueError(f"--out {out}: name an absolute folder, or one below the storage_path")
     name = Path(config).name
     values = read_yaml(os.fspath(config))
     is_sweep = "base" in values
@@ -125,10 +129,13 @@ def job_of(
     carried, expected = _data(runs)
     parts: dict[str, Files] = {f"configs/{name}": {f"configs/{name}": text}}
     parts |= {path: _files(source, path) for path, source in carried.items()}
-    entrypoint = [python, "-m", "ssl2rl_ray", "sweep" if is_sweep else "run", f"configs/{name}"]
-    entrypoint += ["--out" if is_sweep else "--run-dir", os.path.normpath(out)]
-    entrypoint += [word for override in overrides for word in ("--set", override)]
-    entrypoint += ["--resume"] * resume
+    before = [python, "-m", "ssl2rl_ray", "sweep" if is_sweep else "run", f"configs/{name}"]
+    before += ["--resume"] * resume
+    before += [word for override in overrides for word in ("--set", override)]
+    before += ["--out" if is_sweep else "--run-dir"]
+    entrypoint = [*before, out]
+    if not os.path.isabs(out):  # only the cluster knows where: its shell puts it in
+        entrypoint = ["sh", "-c", f"exec {shlex.join(before)} {_STORAGE}/{shlex.quote(out)}"]
     return _job(
         entrypoint,
         parts,
@@ -137,6 +144,7 @@ def job_of(
         expected=expected,
         num_cpus=0 if is_sweep else _num_threads(runs[0]),
         num_gpus=num_gpus,
+        out=out,
     )
 
 
@@ -270,6 +278,10 @@ def describe(job: Job) -> str:
     parts = ", ".join(f"{part} {_mib(size)}" for part, size in job.sizes.items())
     lines = [f"sends {_mib(job.archive.stat().st_size)} ({job.archive}): {parts}"]
     lines += [f"every node must have {path}" for path in job.expected]
+    if job.out:
+        is_below = not os.path.isabs(job.out)
+        where = f"{job.out}, below the cluster's storage_path" if is_below else job.out
+        lines.append(f"results: {where}")
     return "\n".join(lines)
 
 

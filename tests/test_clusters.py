@@ -175,7 +175,7 @@ try: time.sleep(100)
 except KeyboardInterrupt: sys.exit(130)';;
             *)  # the doctor, who waits for all nodes
                 until grep -q -e " --address=" "$LOG"; do sleep 0.05; done
-                echo "python $* at=$RAY_ADDRESS" >>"$LOG";;
+                echo "python $* at=$RAY_ADDRESS for=$SSL2RL_STORAGE" >>"$LOG";;
         esac""",
 }
 
@@ -223,7 +223,7 @@ def test_the_slurm_script_starts_ray_asks_the_doctor_and_ends_as_the_sweep_does(
     for line in (head, worker):
         assert f"--temp-dir=/tmp/ray-{os.getpid()}" in line and "mode=token" in line
         assert len(line.split("token=")[1]) == 64
-    assert f"doctor --nodes 2 --storage {out.parent} at=127.0.0.1:{port}" in doctor
+    assert f"doctor --nodes 2 at=127.0.0.1:{port} for={out.parent}" in doctor
     assert f"sweep smoke.yaml --out {out} --resume at=127.0.0.1:{port}" in sweep
     assert f"rm -rf /tmp/ray-{os.getpid()}" in clean
     assert [path.name for path in out.parent.iterdir()] == ["smoke"]  # the token is gone
@@ -267,13 +267,24 @@ def test_a_sweep_goes_in_one_archive_with_its_base_in_it(here):
         assert yaml.safe_load(archive.read("configs/smoke.yaml"))["base"]["kind"] == "navigation"
         text = (ROOT / "ssl2rl_ray" / "submit.py").read_bytes()
         assert archive.read("ssl2rl_ray/submit.py") == text
-    command = "python -m ssl2rl_ray sweep configs/smoke.yaml --out /shared/x"
-    assert shlex.join(job.entrypoint) == f"{command} --set tune.max_concurrent=1 --resume"
+    command = "python -m ssl2rl_ray sweep configs/smoke.yaml --resume --set tune.max_concurrent=1"
+    assert shlex.join(job.entrypoint) == f"{command} --out /shared/x"
     assert (job.num_cpus, job.num_gpus, job.expected) == (0, 0, ())
     assert job.archive.parent == here / "runs" / "submitted"
     assert job.archive.stat().st_size < 2 * 2**20  # the whole of it
     again = job_of(SMOKE, "/shared/x", archive=here / "again.zip")
     assert again.archive.read_bytes() == job.archive.read_bytes()  # Ray takes it only once
+
+
+def test_a_plain_ray_job_submit_of_the_checkout_is_small_too(tmp_path):
+    from ray._private.runtime_env.packaging import create_package
+
+    create_package(str(ROOT), tmp_path / "package.zip", include_gitignore=True)
+    with zipfile.ZipFile(tmp_path / "package.zip") as archive:
+        names = {name.split("/")[0] for name in archive.namelist()}
+    assert {"ssl2rl_ray", "envs", "tune_configs"} <= names
+    assert not names & {".git", ".rayignore", "tests", "docs", "benchmarks", "deploy", "runs"}
+    assert (tmp_path / "package.zip").stat().st_size < 4 * 2**20
 
 
 def test_a_run_takes_the_cpus_of_its_threads_and_a_sweep_none(here):
@@ -323,15 +334,28 @@ def test_every_field_that_names_a_file_is_looked_at():
 
 def test_what_is_too_large_or_lost_is_refused_before_anything_is_sent(here, monkeypatch, capsys):
     with pytest.raises(ValueError, match="name an absolute folder"):
-        job_of(SMOKE, "runs/x")
+        job_of(SMOKE, "../x")
     with pytest.raises(ConfigError, match="unknown key"):
         job_of(SMOKE, "/shared/x", overrides=["base.trainign.num_env_steps=1"])
     monkeypatch.setattr(jobs, "LIMIT_BYTES", 100_000)
     with pytest.raises(ValueError, match=r"to send, .* the largest: ssl2rl_ray \(\d"):
         job_of(SMOKE, "/shared/x")
     assert not (here / "runs").exists()
-    assert main(["submit", str(SMOKE), "--out", "x", "--dry-run"]) == 2
-    assert "is relative" in capsys.readouterr().err
+    assert main(["submit", str(SMOKE), "--dry-run"]) == 2
+    assert "the largest: ssl2rl_ray" in capsys.readouterr().err
+
+
+def test_a_relative_folder_is_below_the_storage_of_the_cluster_and_never_the_job_s_own(here):
+    job = job_of(SMOKE, "some/name's", overrides=["tune.max_concurrent=1"], python="echo")
+    assert "results: some/name's, below the cluster's storage_path" in jobs.describe(job)
+    said = subprocess.run(job.entrypoint, env={"SSL2RL_STORAGE": "/a b"}, capture_output=True)
+    words = (
+        "-m ssl2rl_ray sweep configs/smoke.yaml --set tune.max_concurrent=1 --out /a b/some/name's"
+    )
+    assert said.stdout.decode().strip() == words
+    refused = subprocess.run(job.entrypoint, env={}, capture_output=True)
+    assert refused.returncode != 0 and b"name an absolute --out" in refused.stderr
+    assert job_of(SMOKE).out.startswith("smoke-2")
 
 
 def test_the_printed_line_is_what_ray_s_own_command_understands(here):
@@ -511,6 +535,28 @@ def test_a_job_that_waits_for_a_place_is_told(monkeypatch):
     assert written == ["still waiting for a place: no node is free\n", "begun"]
 
 
+def test_who_stops_following_learns_how_to_go_on(here, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "connect", lambda address: None)
+    monkeypatch.setattr(jobs, "submit", lambda job, client: "raysubmit_1")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    argv = ["submit", str(SMOKE), "--out", "/shared/x"]
+    hint = "RAY_AUTH_MODE=token ray job logs --follow --address http://127.0.0.1:8265 raysubmit_1"
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def lost(*_: object) -> None:
+        raise ConnectionError("gone")
+
+    for ends, code in ((interrupted, 130), (lost, 1)):
+        monkeypatch.setattr(jobs, "follow", ends)
+        assert main(argv) == code
+        told = capsys.readouterr().err
+        assert "the job goes on" in told and hint in told and "ray job stop" in told
+    assert main([*argv, "--no-wait"]) == 0
+    assert hint in capsys.readouterr().out
+
+
 # ---- what the doctor says ------------------------------------------------------------------------
 
 HEALTHY = {
@@ -630,7 +676,11 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     """Two nodes, started by the commands of cluster.yaml with ports and folders of their own."""
     folder = Path(tempfile.mkdtemp(prefix="s2r"))  # short: paths of sockets have at most 107 bytes
-    starts = ray_starts(ROOT / "cluster.yaml")
+    (folder / "results").mkdir()
+    starts = {
+        node: start.replace("/shared/ssl2rl", f"{folder}/results")
+        for node, start in ray_starts(ROOT / "cluster.yaml").items()
+    }
     gcs, web, client, *ports = free_ports(13)
     head_ports, worker_ports = ports[:5], ports[5:]
     (folder / ".ray").mkdir()
@@ -697,11 +747,10 @@ def test_jobs_on_two_nodes_end_as_they_should_and_the_doctor_finds_them_well(clu
     bad.write_text(
         "{kind: navigation, data: {train: [/not/there]}, training: {num_torch_threads: 1}}"
     )
-    results = cluster.folder / "results"
-    results.mkdir()
+    results = cluster.folder / "results"  # the cluster's storage_path
     to = ("--address", cluster.address)
     with (
-        cluster.ssl2rl("submit", str(SMOKE), *to, "--out", str(results / "smoke")) as sweep,
+        cluster.ssl2rl("submit", str(SMOKE), *to, "--out", "smoke") as sweep,
         cluster.ssl2rl("submit", str(bad), *to, "--out", str(results / "bad")) as failing,
         cluster.ssl2rl("doctor", *to, "--storage", str(results), "--nodes", "2", "--json") as well,
     ):
