@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ssl2rl_ray.config import (
+    CrystFELRunConfig,
     NavigationRunConfig,
     SSL2RLRunConfig,
     load_config,
@@ -128,6 +129,63 @@ def test_a_search_asks_for_twenty_points():
     sweep = load_sweep(FOLDER / "crystfel_search.yaml")
     assert (len(sweep.trials), sweep.tune.search, sweep.tune.scheduler) == (20, "optuna", "asha")
     assert len(load_sweep(FOLDER / "crystfel_search.yaml", ["tune.search=random"]).trials) == 20
+
+
+def tiny(config: Any) -> Any:
+    """The same in everything that is not size."""
+    if isinstance(config, SSL2RLRunConfig):
+        loop = dataclasses.replace(
+            config.loop,
+            methods=config.loop.methods[-1:],
+            num_rounds=min(config.loop.num_rounds, 1),
+            num_rollouts=1,
+            num_starts=1,
+            pretraining_steps=4,
+            finetuning_steps=2,
+        )
+        stages = {
+            stage: dataclasses.replace(
+                getattr(config, stage), num_epochs=None, evaluation_interval_epochs=1000
+            )
+            for stage in ("pretraining", "finetuning")
+        }
+        data = dataclasses.replace(config.data, preset="demo")
+        config = dataclasses.replace(config, loop=loop, data=data, **stages)
+    section = "rl" if isinstance(config, SSL2RLRunConfig) else "training"
+    training, algorithm = getattr(config, section), config.algorithm
+    small: dict[str, Any] = {"num_env_steps": 256, "evaluation_interval_steps": 256}
+    if isinstance(config, CrystFELRunConfig):
+        small |= {"num_envs": 8, "num_validation_experiments": 2}
+        experiments = dataclasses.replace(config.experiments, pool_size=2)
+        config = dataclasses.replace(config, experiments=experiments)
+    else:
+        small |= {"num_envs_per_runner": 8, "num_validation_sessions": 1}
+    if hasattr(algorithm, "learning_starts"):
+        changes = {"learning_starts": 64, "batch_size": 16, "buffer_capacity": 2_000}
+        algorithm = dataclasses.replace(algorithm, **changes)
+    changed = {section: dataclasses.replace(training, **small), "algorithm": algorithm}
+    return dataclasses.replace(config, **changed)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "trial",
+    [
+        *(f"crystfel/{name}_seed-0" for name in ("ppo", "a2c", "acktr", "dqn", "rainbow")),
+        "crystfel_search/trial-00",
+        "duration/budget_min-120_seed-0",
+        "labeled_fraction/100-percent_seed-0",
+        "rounds/seed-0",
+        "table1/seed-0_labelled_fraction-0.05",
+    ],
+)
+def test_trials_of_shipped_sweeps_run(trial, tmp_path, local_ray):
+    """Those of algorithms.yaml and of the loop's algorithms are of tests of their own."""
+    from ssl2rl_ray.launch import run_config
+
+    file, name = trial.split("/")
+    assert run_config(tiny(trials_of(file)[name]), tmp_path / "run", progress=lambda row: None)
 
 
 def test_table_4_differs_from_the_mini_sweep_in_how_policies_learn_alone():
