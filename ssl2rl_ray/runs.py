@@ -120,7 +120,7 @@ class RunDirectory:
             "kind": config.kind,
             "seed": config.seed,
             "data_hashes": dict(data_hashes or {}),
-            "git_revision": _git_revision(Path(__file__).resolve().parents[1]),
+            "git_revision": git_revision(Path(__file__).resolve().parents[1]),
             "status": "running",
             "attempts": [_attempt(argv)],
         }
@@ -660,7 +660,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _git_revision(root: Path) -> str | None:
+def git_revision(root: Path) -> str | None:
     """The commit checked out at ``root``, read from its files; None = not a checkout."""
     with contextlib.suppress(OSError, ValueError):
         git = root / ".git"
