@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from ssl2rl_ray.config import RunConfig, load_config
+from ssl2rl_ray.runs import git_revision
 from ssl2rl_ray.schema import read_yaml, to_dict
 from ssl2rl_ray.sweep import load_sweep
 
@@ -182,7 +183,10 @@ def _code() -> dict[str, Files]:
     import ssl2rl_ray
 
     roots = [Path(package.__path__[0]) for package in (ssl2rl_ray, envs)]
-    return {root.name: _files(root, root.name) for root in roots}
+    code = {root.name: _files(root, root.name) for root in roots}
+    if revision := git_revision(roots[0].parent):  # so that manifests of the job's runs name it
+        code["revision"] = {".git/HEAD": revision.encode()}
+    return code
 
 
 def _files(source: Path, name: str) -> Files:

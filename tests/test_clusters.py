@@ -28,6 +28,7 @@ from ssl2rl_ray import submit as jobs
 from ssl2rl_ray.cli import main
 from ssl2rl_ray.config import KINDS
 from ssl2rl_ray.doctor import format_report, judge
+from ssl2rl_ray.runs import git_revision
 from ssl2rl_ray.schema import ConfigError
 from ssl2rl_ray.submit import command_line, connect, follow, job_of, read_token
 
@@ -260,7 +261,9 @@ def names_in(job) -> list[str]:
 def test_a_sweep_goes_in_one_archive_with_its_base_in_it(here):
     job = job_of(SMOKE, "/shared/x", overrides=["tune.max_concurrent=1"], resume=True)
     names = names_in(job)
-    assert {name.split("/")[0] for name in names} == {"configs", "envs", "ssl2rl_ray"}
+    revision = git_revision(ROOT)
+    assert [name for name in names if name.startswith(".")] == [".git/HEAD"] * bool(revision)
+    assert {name.split("/")[0] for name in names} - {".git"} == {"configs", "envs", "ssl2rl_ray"}
     assert [name for name in names if name.startswith("configs/")] == ["configs/smoke.yaml"]
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
     with zipfile.ZipFile(job.archive) as archive:
@@ -764,6 +767,7 @@ def test_jobs_on_two_nodes_end_as_they_should_and_the_doctor_finds_them_well(clu
     for seed in (0, 1):
         manifest = json.loads((results / "smoke" / f"seed-{seed}" / "manifest.json").read_text())
         assert manifest["status"] == "finished" and len(manifest["attempts"]) == 1
+        assert manifest["git_revision"] == git_revision(ROOT)
 
     assert failing.returncode == 2, said["failing"]
     assert "/not/there" in said["failing"] and "FAILED, exit code 2" in said["failing"]
