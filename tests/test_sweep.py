@@ -873,7 +873,9 @@ def test_a_sweep_outlives_its_driver_and_ends_as_plain_runs(tmp_path, home):
         assert read_summary(out / name) == plain_summary(config, tmp_path / name)
         epochs = RunDirectory.open(out / name).metrics()["epoch"]
         assert epochs.tolist() == list(range(1, 201))  # none lost, none twice
-    assert {entry.name for entry in out.iterdir()} == {".lock", "seed-0", "seed-1", "sweep.yaml"}
+    left = {".lock", "seed-0", "seed-1", "sweep.yaml", "tensorboard"}
+    assert {entry.name for entry in out.iterdir()} == left
+    assert len(list((out / "tensorboard").iterdir())) == 1  # the mean over both seeds
     assert not (home / "ray_results").exists()
 
 
@@ -939,6 +941,7 @@ def test_a_search_whose_driver_is_killed_tries_the_same_points(tmp_path, home):
     whole = outcome(tmp_path / "whole")
     assert whole == outcome(tmp_path / "killed")
     assert whole["trial-0"][0] == "finished"  # the first at every rung
+    assert any(status == "stopped" for status, _, _ in whole.values())
     for status, _, accuracies in whole.values():  # rungs at 2 and 6 epochs
         assert (len(accuracies), status) in ((18, "finished"), (2, "stopped"), (6, "stopped"))
     assert "trials finished" in said.splitlines()[-1]

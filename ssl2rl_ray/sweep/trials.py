@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import shutil
+import sys
 import threading
 import time
 import traceback
@@ -101,6 +102,7 @@ def run_sweep(
                 told = on_event or (lambda event: None)
                 if todo:  # a trial of a killed driver may have come to its end in the meantime
                     reasons = _run_trials(sweep, folder, todo, num_trials, argv, told)
+                    _write_means(folder)
     found = {name: trial_status(folder / name) for name in sweep.trials}
     return {
         "out": str(folder),
@@ -114,6 +116,16 @@ def run_sweep(
             for name, status in found.items()
         },
     }
+
+
+def _write_means(folder: Path) -> None:
+    """TensorBoard runs with the mean of each group; the sweep is complete without them."""
+    from ssl2rl_ray.aggregate import write_aggregate
+
+    try:
+        write_aggregate(folder)
+    except (ValueError, OSError) as error:
+        print(f"warning: no means over seeds in TensorBoard: {error}", file=sys.stderr)
 
 
 _SETTINGS = {  # read by Tune on the driver, and handed on to the trials
