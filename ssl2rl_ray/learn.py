@@ -139,6 +139,8 @@ def _look(run: RunDirectory, algorithm: Any, task: Task, board: TensorBoard, row
 
 def _criterion(run: RunDirectory, task: Task, row: Row, is_candidate: bool) -> Row:
     """For TensorBoard: what every kind of run is compared by, under one name."""
+    if run.is_stage:
+        return {}
     last, best = row[task.criterion], (run.best_checkpoint or {}).get("value")
     if is_candidate:
         best = last if best is None else max(best, last)

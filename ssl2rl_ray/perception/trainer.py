@@ -224,14 +224,15 @@ class _Log:
         self.board = TensorBoard(
             run.path / "tensorboard", first_step=epochs_done + 1 if epochs_done else 0
         )
-        if not epochs_done and not run.is_stage:
+        self._is_stage = run.is_stage
+        if not epochs_done and not self._is_stage:
             self.board.begin(to_dict(config), to_yaml(config))
 
     def row(self, row: dict[str, Any]) -> None:
         self.last_epoch = row["epoch"]
         row = {**row, "wall_s": time.perf_counter() - self._started}
         self.run.log(row)
-        told = {"criterion/last": row.get("validation/accuracy")}
+        told = {} if self._is_stage else {"criterion/last": row.get("validation/accuracy")}
         self.board.log({**row, **told}, row["epoch"])
         self.progress({**row, "num_epochs": self.num_epochs})
         self._num_collapsed = self._num_collapsed + 1 if row.get("is_collapsed") else 0

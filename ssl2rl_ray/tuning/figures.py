@@ -30,8 +30,10 @@ def draw_traces(fraction: FloatArray, best: FloatArray) -> NDArray[np.uint8]:
         colour = _COLOURS[number % len(_COLOURS)]
         axes.plot(evaluation, own, color=colour, drawstyle="steps-post", lw=1.8)
         axes.axhline(most, color=colour, ls="--", lw=1)
-    axes.set(xlabel="evaluations", ylabel="indexed fraction", ylim=(0, 1))
+    highest = max(float(best.max()), float(fraction.max()), 0.1)
+    axes.set(xlabel="evaluations", ylabel="indexed fraction", ylim=(0, min(1.1 * highest, 1)))
     axes.set_xlim(1, max(len(fraction), 2))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title("best setting so far (dashed: the best there is)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     canvas.draw()
