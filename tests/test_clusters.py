@@ -764,10 +764,14 @@ def test_jobs_on_two_nodes_end_as_they_should_and_the_doctor_finds_them_well(clu
 
     assert sweep.returncode == 0, said["sweep"]
     assert "2 of 2 trials finished" in said["sweep"]
+    (sent,) = (cluster.folder / "runs" / "submitted").glob("smoke-*.zip")
+    with zipfile.ZipFile(sent) as archive:
+        is_checkout = ".git/HEAD" in archive.namelist()
+        revision = archive.read(".git/HEAD").decode() if is_checkout else None
     for seed in (0, 1):
         manifest = json.loads((results / "smoke" / f"seed-{seed}" / "manifest.json").read_text())
         assert manifest["status"] == "finished" and len(manifest["attempts"]) == 1
-        assert manifest["git_revision"] == git_revision(ROOT)
+        assert manifest["git_revision"] == revision
 
     assert failing.returncode == 2, said["failing"]
     assert "/not/there" in said["failing"] and "FAILED, exit code 2" in said["failing"]
