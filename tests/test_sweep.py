@@ -873,6 +873,7 @@ def test_a_sweep_outlives_its_driver_and_ends_as_plain_runs(tmp_path, home):
         assert read_summary(out / name) == plain_summary(config, tmp_path / name)
         epochs = RunDirectory.open(out / name).metrics()["epoch"]
         assert epochs.tolist() == list(range(1, 201))  # none lost, none twice
+        assert len(list((out / name / "checkpoints").glob("step-*"))) == 2  # of ten and more
     left = {".lock", "seed-0", "seed-1", "sweep.yaml", "tensorboard"}
     assert {entry.name for entry in out.iterdir()} == left
     assert len(list((out / "tensorboard").iterdir())) == 1  # the mean over both seeds
