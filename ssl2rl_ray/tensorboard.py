@@ -84,7 +84,7 @@ class TensorBoard:
             first_step: points at and above it are taken out; > 0 for a resumed run, whose time goes
                 on from the last point below it.
         """
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about TensorFlow
+        _quiet()
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
@@ -264,6 +264,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
     if not any(folder.glob("events.*")):
         return {}
+    _quiet()
     events = EventAccumulator(str(folder), {"scalars": 0, "images": 1, "tensors": 1})
     events.Reload()
     points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
@@ -275,3 +276,8 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         )
         for tag, own in points.items()
     }
+
+
+def _quiet() -> None:
+    """It warns that TensorFlow is missing, and of every point that a resumed run took out."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
