@@ -111,9 +111,8 @@ def _by_job(
         job = job_of_command(words, python=python, archive=Path(folder) / "doctor.zip")
         ended = follow(client, submit(job, client), written.append)
     logs = "".join(written)
-    begin = logs.find("\n{\n") + 1
-    with contextlib.suppress(ValueError):
-        report, _ = json.JSONDecoder().raw_decode(logs[begin:])
+    with contextlib.suppress(ValueError, KeyError):
+        report, _ = json.JSONDecoder().raw_decode(logs, logs.index("\n{\n") + 1)
         findings = [Finding(**finding) for finding in report["findings"]]
         return _report(f"{address}, {report['where']}", report["nodes"], [*_here(), *findings])
     finding = Finding(
@@ -204,7 +203,7 @@ def _dashboard() -> str | None:
     """host:port of the dashboard of the cluster that is connected."""
     from ray._private.services import get_webui_url_from_internal_kv  # Ray has no public word
 
-    return get_webui_url_from_internal_kv()
+    return get_webui_url_from_internal_kv() or None
 
 
 def _describe_node() -> dict[str, Any]:

@@ -24,10 +24,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from ssl2rl_ray import doctor as doctors
 from ssl2rl_ray import submit as jobs
 from ssl2rl_ray.cli import main
 from ssl2rl_ray.config import KINDS
-from ssl2rl_ray.doctor import format_report, judge
+from ssl2rl_ray.doctor import doctor, format_report, judge
 from ssl2rl_ray.runs import git_revision
 from ssl2rl_ray.schema import ConfigError
 from ssl2rl_ray.submit import command_line, connect, follow, job_of, read_token
@@ -628,6 +629,36 @@ def test_a_healthy_cluster_has_nothing_to_mind():
 def test_each_fault_of_one_node_is_one_line_that_says_what_to_do(change, expected):
     nodes = [HEALTHY, {**OTHER, **change}]
     assert not_ok(nodes, "/shared", 2, "127.0.0.1:8265", "token") == [expected]
+
+
+def test_a_doctor_whose_job_cannot_run_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctors, "connect", lambda address: None)
+    monkeypatch.setattr(doctors, "submit", lambda job, client: "id")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").touch(mode=0o644)
+    logs = "2026-11-22 job_manager.py\nNo module named ray\n"
+
+    def follow(client, job_id, write):
+        write(logs)
+        return {"status": "FAILED", "exit_code": 1, "message": "FAILED, exit code 1"}
+
+    monkeypatch.setattr(doctors, "follow", follow)
+    report = doctor("http://127.0.0.1:1")
+    token, job = report["findings"]
+    assert (token["what"], token["status"]) == ("token", "warning")
+    assert "can be read by others" in token["text"]
+    assert job["status"] == "problem" and "No module named ray" in job["text"]
+    logs += '{\n "where": "there", "nodes": [], "findings": []\n}\nand more\n'
+    assert doctor("http://127.0.0.1:1")["num_problems"] == 0
+
+
+def test_a_folder_that_is_not_the_others_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctors, "_SEEN_S", 0.0)
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "a").write_text("a")
+    found = doctors._read_probe(str(tmp_path / "probe"), ["a", "b"])
+    assert found["unseen"] == ["b"]
+    assert doctors._read_probe(str(tmp_path / "no" / "probe"), ["a"])["unseen"] == ["a"]
 
 
 def test_faults_of_the_whole_cluster_are_told_too():
