@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,10 +208,11 @@ class Hosts:
         from ray.cluster_utils import Cluster
 
         self._store_bytes = object_store_mb * 2**20
-        self._folder = tempfile.mkdtemp(prefix="ray-")  # nobody else finds it
+        self._folder = tempfile.mkdtemp(prefix="ray-")
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": self._folder}
         head |= {"object_store_memory": self._store_bytes}
-        self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+        with _ray_address_in(self._folder):
+            self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self._new() for _ in range(num_nodes)]
 
     def _new(self) -> Any:
@@ -242,8 +244,23 @@ class Hosts:
 
     def close(self) -> None:
         """Ends all of it."""
-        self._cluster.shutdown()
+        with _ray_address_in(self._folder):
+            self._cluster.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _ray_address_in(folder: str) -> Iterator[None]:
+    """Where Ray writes and removes its note of the latest cluster on this host: not others'."""
+    before = os.environ.get("RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = folder
+    (Path(folder) / "ray").mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        del os.environ["RAY_TMPDIR"]
+        if before is not None:
+            os.environ["RAY_TMPDIR"] = before
 
 
 def begin(file: Path, out: Path, address: str) -> subprocess.Popen[str]:
