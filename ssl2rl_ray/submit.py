@@ -24,7 +24,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import file_digest
@@ -56,8 +56,8 @@ _STORAGE = '"${SSL2RL_STORAGE:?is not set on the cluster, name an absolute --out
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # in archives, so that equal contents are equal files
 _PATIENCE_S = 60.0
 """How long a cluster may be out of reach while a job is followed."""
-_WAIT_S = 20.0
-"""After which is said that a job has not begun yet."""
+_SILENCE_S = 20.0
+"""After which a job that says nothing is asked how it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,15 +418,11 @@ def follow(client: Any, job_id: str, write: Callable[[str], Any]) -> dict[str, A
     async def tail() -> None:
         nonlocal num_written
         num_seen = 0  # the logs come from their beginning each time
-        waiting = asyncio.create_task(_tell_if_waiting(client, job_id, write))
-        try:
-            async for text in client.tail_job_logs(job_id):
-                num_seen += len(text)
-                if new := text[max(0, len(text) - max(0, num_seen - num_written)) :]:
-                    write(new)
-                    num_written += len(new)
-        finally:
-            waiting.cancel()
+        async for text in _spoken(client, job_id, write):
+            num_seen += len(text)
+            if new := text[max(0, len(text) - max(0, num_seen - num_written)) :]:
+                write(new)
+                num_written += len(new)
 
     deadline = time.monotonic() + _PATIENCE_S
     while True:
@@ -452,12 +448,30 @@ def follow(client: Any, job_id: str, write: Callable[[str], Any]) -> dict[str, A
     return {"status": status, "exit_code": code, "message": text}
 
 
-async def _tell_if_waiting(client: Any, job_id: str, write: Callable[[str], Any]) -> None:
-    """A job that asks for more than any free node has waits without a word; this is the word."""
-    await asyncio.sleep(_WAIT_S)
-    with contextlib.suppress(OSError, RuntimeError):
+async def _spoken(client: Any, job_id: str, write: Callable[[str], Any]) -> AsyncIterator[str]:
+    """The job's log stream; where it is silent for long, the job is asked how it is.
+
+    A job that waits for a place says nothing, and a line that is cut does not either: the first is
+    told, the second ends the stream once the job is over, or with OSError.
+    """
+    stream = client.tail_job_logs(job_id)
+    is_told = is_over = False
+    coming = asyncio.ensure_future(anext(stream))
+    while True:
+        done, _ = await asyncio.wait({coming}, timeout=_SILENCE_S)
+        if done:
+            try:
+                yield coming.result()
+            except StopAsyncIteration:
+                return
+            coming = asyncio.ensure_future(anext(stream))
+            continue
+        if is_over:
+            return
         info = await asyncio.to_thread(client.get_job_info, job_id)
-        if info.status.value == "PENDING":
+        is_over = info.status.is_terminal()
+        if info.status.value == "PENDING" and not is_told:
+            is_told = True
             write(f"still waiting for a place: {info.message}\n")
 
 

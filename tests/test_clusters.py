@@ -23,6 +23,8 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ssl2rl_ray import doctor as doctors
 from ssl2rl_ray import submit as jobs
@@ -518,25 +520,63 @@ def test_logs_are_written_once_and_the_job_s_exit_code_is_ours(ends, code, monke
     assert "why" in result["message"] or ends[1] is not None
 
 
-def test_a_job_that_waits_for_a_place_is_told(monkeypatch):
-    monkeypatch.setattr(jobs, "_WAIT_S", 0.0)
-    client = Client(["begun"], ("SUCCEEDED", 0))
-    states = iter(["PENDING", "SUCCEEDED"])
+@given(
+    chunkings=st.lists(st.lists(st.integers(1, 5), max_size=6), max_size=4),
+    text=st.text("ab\n", max_size=30),
+)
+def test_however_often_the_line_breaks_each_letter_of_the_logs_is_written_once(chunkings, text):
+    """Each connection has chunks of its own and breaks after them; the last one says all."""
+    connections = iter(chunkings)
 
-    async def tail_job_logs(job_id: str):
-        while not written:
+    class Breaking:
+        is_over = False
+
+        async def tail_job_logs(self, job_id: str):
+            begin, sizes = 0, next(connections, None)
+            for size in sizes or ():
+                yield text[begin : begin + size]
+                begin += size
+            if sizes is not None:
+                raise RuntimeError("the connection was lost")
+            yield text[begin:]
+            self.is_over = True
+
+        def get_job_info(self, job_id: str) -> SimpleNamespace:
+            status = SimpleNamespace(value="SUCCEEDED", is_terminal=lambda: self.is_over)
+            return SimpleNamespace(status=status, driver_exit_code=0, message="")
+
+    written: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs.time, "sleep", lambda seconds: None)
+        assert follow(Breaking(), "id", written.append)["exit_code"] == 0
+    assert "".join(written) == text
+
+
+class Silent:
+    """A job whose log stream says nothing until something was written, or never."""
+
+    def __init__(self, written: list[str], states: list[str], speaks: bool) -> None:
+        self.written, self.states, self.speaks = written, states, speaks
+
+    async def tail_job_logs(self, job_id: str):
+        while not (self.speaks and self.written):
             await jobs.asyncio.sleep(0.01)
         yield "begun"
 
-    def get_job_info(job_id: str) -> SimpleNamespace:
-        name = next(states)
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        name = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         status = SimpleNamespace(value=name, is_terminal=lambda: name == "SUCCEEDED")
         return SimpleNamespace(status=status, driver_exit_code=0, message="no node is free")
 
-    client.tail_job_logs, client.get_job_info = tail_job_logs, get_job_info  # type: ignore
+
+def test_a_job_that_waits_for_a_place_is_told_and_a_dead_line_does_not_hang(monkeypatch):
+    monkeypatch.setattr(jobs, "_SILENCE_S", 0.1)
     written: list[str] = []
-    follow(client, "id", written.append)
+    follow(Silent(written, ["PENDING", "SUCCEEDED"], speaks=True), "id", written.append)
     assert written == ["still waiting for a place: no node is free\n", "begun"]
+    silent = Silent(written, ["RUNNING", "RUNNING", "SUCCEEDED"], speaks=False)
+    assert follow(silent, "id", written.append)["status"] == "SUCCEEDED"
+    assert len(written) == 2
 
 
 def test_who_stops_following_learns_how_to_go_on(here, monkeypatch, capsys):
