@@ -315,6 +315,12 @@ def test_what_makes_no_sense_together_is_refused(tmp_path, space, tune, message)
     assert message in str(caught.value)
 
 
+def test_without_optuna_another_search_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'ssl2rl-ray\[bo\]', or search random"):
+        load_sweep(write(tmp_path, space=SPACE, tune={**DRAWN, "search": "optuna"}))
+
+
 def test_a_loop_has_no_single_curve(tmp_path):
     path = write(tmp_path, base={"kind": "ssl2rl"}, tune={"scheduler": "asha"})
     with pytest.raises(ConfigError, match="kind ssl2rl has one for each of its methods"):
