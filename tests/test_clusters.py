@@ -692,6 +692,18 @@ def test_a_doctor_whose_job_cannot_run_says_why(monkeypatch, tmp_path):
     assert doctor("http://127.0.0.1:1")["num_problems"] == 0
 
 
+def test_a_node_says_what_is_judged_and_finds_crystfel(tmp_path, monkeypatch):
+    (tmp_path / "indexamajig").write_text("#!/bin/sh\necho CrystFEL: 0.11.1\n")
+    (tmp_path / "indexamajig").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    facts = doctors._describe_node()
+    added = {"node", "num_cpus", "num_gpus", "object_store_bytes", "storage"}  # by look
+    assert set(facts) | added == set(HEALTHY)
+    assert facts["crystfel"] == f"{tmp_path}/indexamajig (CrystFEL: 0.11.1)"
+    whole = {**HEALTHY, **facts, "auth": "token", "token_mode": "own"}
+    assert not [line for line in not_ok([whole], "/shared") if line[1] == "problem"]
+
+
 def test_a_folder_that_is_not_the_others_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(doctors, "_SEEN_S", 0.0)
     (tmp_path / "probe").mkdir()
