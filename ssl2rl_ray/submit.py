@@ -309,7 +309,7 @@ def connect(address: str) -> Any:
 
     Raises:
         ValueError: not an address of a dashboard, nobody there, no token, or not the right one; a
-            cluster that is open to everybody, unless that was asked for.
+            cluster that is open to everybody, or does not say so, unless that was asked for.
     """
     if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
         raise ValueError(
@@ -329,11 +329,16 @@ def connect(address: str) -> Any:
         ) from error
     headers = {}
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "disabled":
-        if mode == "disabled":
+        if mode != "token":  # whoever it is, it gets none
+            what = (
+                f"the cluster at {address} runs what anybody sends it"
+                if mode == "disabled"
+                else f"{address} does not ask for a token; this does not say that it is a Ray "
+                "dashboard. If it is one"
+            )
             raise ValueError(
-                f"the cluster at {address} runs what anybody sends it: start all of it with "
-                "RAY_AUTH_MODE=token, as our deployment files do; to submit all the same, set "
-                "RAY_AUTH_MODE=disabled here"
+                f"{what}: start all of it with RAY_AUTH_MODE=token, as our deployment files do; to "
+                "submit all the same, set RAY_AUTH_MODE=disabled here"
             )
         headers["Authorization"] = f"Bearer {read_token()}"
         if not is_near and urlsplit(address).scheme == "http":

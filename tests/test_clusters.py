@@ -414,8 +414,11 @@ def test_the_token_is_found_where_ray_finds_it(no_token, tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def dashboard(mode: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Something that answers as a dashboard does; its address, and the headers that it got."""
+def dashboard(mode: str | None) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Something that answers as a dashboard does; its address, and the headers that it got.
+
+    None = any other server: it knows no such page.
+    """
     got: list[dict[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -424,7 +427,8 @@ def dashboard(mode: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
             is_mode = self.path == "/api/authentication_mode"
             is_let_in = is_mode or self.headers.get("Authorization") == "Bearer right"
             body = {"authentication_mode": mode} if is_mode else {"ray_version": "2.60.0"}
-            self.send_response(200 if is_let_in else 403)
+            is_lost = is_mode and mode is None
+            self.send_response(404 if is_lost else 200 if is_let_in else 403)
             self.end_headers()
             self.wfile.write(json.dumps(body).encode())
 
@@ -452,6 +456,14 @@ def test_a_cluster_that_asks_for_no_token_is_refused_and_gets_none(no_token, mon
         with pytest.raises(ValueError, match="does not take this token"):
             connect(address)  # without one: this stand-in wants it all the same
         assert not [headers for headers in got if "Authorization" in headers]
+
+
+def test_a_server_that_is_no_dashboard_gets_no_token(no_token, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+    with dashboard(None) as (address, got):
+        with pytest.raises(ValueError, match="does not say that it is a Ray dashboard"):
+            connect(address)
+        assert len(got) == 1 and "Authorization" not in got[0]
 
 
 def test_the_token_goes_to_who_asks_for_it_and_never_through_a_proxy(no_token, monkeypatch):
