@@ -232,7 +232,7 @@ def _sweep(args: argparse.Namespace) -> int:
 
     sweep, out = load_sweep(args.sweep, args.set), Path(args.out)
     if args.dry_run:
-        found = plan(sweep, out)
+        found = plan(sweep, out, resume=args.resume)
         width = max(map(len, found["trials"]))
         lines = [
             f"{name:<{width}}  {trial['needs']}  {trial['status']}"

@@ -35,12 +35,13 @@ from ssl2rl_ray.sweep import (
     trial_status,
 )
 from ssl2rl_ray.sweep.file import CRITERIA, rungs, trial_names
-from ssl2rl_ray.sweep.folder import held, remove_stillborn
+from ssl2rl_ray.sweep.folder import held
 from ssl2rl_ray.sweep.halving import halving, reporter
 from ssl2rl_ray.sweep.plan import check_disk, estimate, in_bytes, in_minutes
 from ssl2rl_ray.sweep.points import draw
 from ssl2rl_ray.sweep.room import _fitting
 from ssl2rl_ray.sweep.suggest import Try, ask, best_of, config_of, told
+from ssl2rl_ray.sweep.trials import _trial
 
 BASE = {
     "kind": "perception",
@@ -372,8 +373,8 @@ def test_each_command_names_the_other(tmp_path, capsys):
 # ---- points that are asked for -------------------------------------------------------------------
 
 
-def tried(point: dict, value: float | None, status: str = "finished") -> Try:
-    return Try(point=point, status=status, value=value)
+def tried(point: dict, value: float | None) -> Try:
+    return Try(point=point, value=value)
 
 
 def test_optuna_goes_where_values_are_high():
@@ -391,11 +392,10 @@ def test_optuna_goes_where_values_are_high():
 
 def test_an_answer_depends_on_what_is_known_alone():
     space = {"n": {"randint": [1, 1000]}, "choice": {"choice": [1, True, None, [2]]}}
-    tries = [tried({"n": 3, "choice": True}, 0.5), tried({"n": 9, "choice": [2]}, None, "failed")]
+    tries = [tried({"n": 3, "choice": True}, 0.5), tried({"n": 9, "choice": [2]}, None)]
     asked = ask(space, tries, (1, 2), mode="max")
     assert asked == ask(space, tries, (1, 2), mode="max") != ask(space, tries, (1, 3), mode="max")
-    running = tried(asked, None, "running")
-    assert ask(space, [*tries, running], (1, 2), mode="max") is not None
+    assert ask(space, [*tries, tried(asked, None)], (1, 2), mode="max") is not None
 
 
 def optuna_folder(tmp_path: Path) -> tuple[Sweep, Path]:
@@ -430,6 +430,20 @@ def test_a_point_is_on_disk_before_its_trial_begins_and_stays(tmp_path):
     assert {path.name: path.read_bytes() for path in (out / "points").glob("*.json")} == before
     assert best_of(out / "trial-0", "validation/episode_return", "max") == 10  # not the untrained
     assert best_of(out / "trial-0", "validation/episode_return", "min") == 5
+    config = config_of(sweep, out, "trial-0")
+    with RunDirectory.create(tmp_path / "diverged", config) as run:
+        run.log({"num_env_steps": 100, "validation/episode_return": float("nan")})
+    assert best_of(run.path, "validation/episode_return", "max") is None
+
+
+def test_where_trials_fail_is_not_asked_again():
+    """Of two choices one always fails; forgotten, it would be asked for 17 to 20 times of 20."""
+    space = {"x": {"uniform": [0, 1]}, "kind": {"choice": ["fails", "works"]}}
+    tries: list[Try] = []
+    for number in range(40):
+        point = ask(space, tries, (0, number), mode="max")
+        tries.append(tried(point, None if point["kind"] == "fails" else point["x"]))
+    assert sum(known.point["kind"] == "fails" for known in tries[20:]) <= 8
 
 
 def test_a_finished_trial_without_the_metric_is_told(tmp_path):
@@ -476,6 +490,16 @@ def test_those_behind_at_a_rung_are_told_to_stop(tmp_path):
         "stop-seed-2",
         "stop-seed-3",
     ]  # no rung at the end
+
+
+def test_a_trial_that_is_complete_is_not_stopped(tmp_path):
+    """Its last look is the first behind a rung: what the rung says comes too late."""
+    sweep = halving_sweep(tmp_path, 2)
+    scheduler = halving(sweep, tmp_path / "out", tmp_path / "stop")
+    for seed, step, value in ((0, 9000, 5.0), (1, 9010, 4.0)):
+        trial = SimpleNamespace(config={"trial": f"seed-{seed}"})
+        scheduler.on_trial_result(None, trial, {"step": step, "value": value})
+    assert told_to_stop(tmp_path) == []
 
 
 def test_a_resumed_sweep_remembers_the_rungs(tmp_path):
@@ -654,6 +678,11 @@ def test_a_dry_run_starts_nothing(tmp_path, capsys):
     assert "seed-0  1 CPU  missing" in said and "2 trials, 2 at once" in said
     assert "2 left: time not known before a trial is finished (or set tune.trial_min)" in said
     assert not (tmp_path / "out").exists()
+    assert main([*words, "--resume"]) == 2
+    assert "holds no sweep (no sweep.yaml): leave --resume out" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*words[:3], str(tmp_path / "file" / "out"), "--dry-run"]) == 2
+    assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
     assert main([*words, "--set", "tune.num_cpus=4096"]) == 2
     assert "seed-0 needs 4096 CPUs; this machine has" in capsys.readouterr().err
 
@@ -720,6 +749,40 @@ def test_a_finished_sweep_resumed_does_nothing(tmp_path, capsys):
     assert (result["num_run"], result["num_finished"]) == (0, 2)
     assert main(["sweep", str(tmp_path / "asked.yaml"), "--out", str(out), "--resume"]) == 0
     assert "2 of 2 trials finished already; nothing to do" in capsys.readouterr().out
+    changed = ["sweep", str(tmp_path / "asked.yaml"), "--out", str(out), "--dry-run"]
+    assert main([*changed, "--set", "base.training.num_epochs=3"]) == 2
+    assert "base.training.num_epochs: 2, now 3" in capsys.readouterr().err
+
+
+def test_means_that_a_kill_left_out_come_with_the_next_resume(tmp_path, monkeypatch):
+    sweep, out = begun_folder(tmp_path)
+    asked: list[Path] = []
+    monkeypatch.setattr("ssl2rl_ray.aggregate.write_aggregate", asked.append)
+    run_sweep(sweep, out, resume=True)
+    assert asked == [out]
+    (out / "tensorboard").mkdir()
+    run_sweep(sweep, out, resume=True)
+    assert asked == [out]
+
+
+def test_leftovers_of_a_killed_driver_are_removed(tmp_path):
+    sweep, out = begun_folder(tmp_path)
+    (out / ".new-means").mkdir()
+    (out / ".new-means" / "a").touch()
+    with held(sweep, out):
+        assert not (out / ".new-means").exists()
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped"])
+def test_a_trial_that_came_to_its_end_meanwhile_is_left_as_it_is(tmp_path, status):
+    """The trial of a killed driver ended while that of the next one was waiting for it."""
+    sweep, out = begun_folder(tmp_path)
+    manifest = out / "seed-0" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"finished"', f'"{status}"'))
+    before = manifest.read_bytes()
+    task = {"sweep": sweep, "stop": tmp_path / "stop", "cwd": Path.cwd(), "folder": out, "argv": []}
+    assert _trial({"trial": "seed-0"}, task) == {"status": status}
+    assert manifest.read_bytes() == before
 
 
 def test_another_sweep_is_refused_with_the_differences(tmp_path):
@@ -755,18 +818,6 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(RunError, match="another process is writing"), held(sweep, out):
         pass
     os.close(lock)
-
-
-def test_a_trial_without_manifest_is_begun_anew(tmp_path):
-    """A run killed between its first two files; anything else stays where it is."""
-    stillborn, other = tmp_path / "a", tmp_path / "b"
-    for folder in (stillborn, other):
-        folder.mkdir()
-        (folder / "config.yaml").touch()
-    (other / "mine.txt").touch()
-    for folder in (stillborn, other):
-        remove_stillborn(folder)
-    assert not stillborn.exists() and (other / "mine.txt").exists()
 
 
 # ---- on a real Ray -------------------------------------------------------------------------------

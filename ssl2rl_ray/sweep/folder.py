@@ -48,6 +48,8 @@ def check_folder(sweep: Sweep, folder: Path, resume: bool) -> None:
                 + "\nresume it as it was (sweep.yaml there), or choose another --out"
             )
         return
+    if file_there := next((parent for parent in folder.parents if parent.is_file()), None):
+        raise RunError(f"cannot make the folder {folder}: {file_there} is a file")
     try:
         found = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
     except OSError as error:
@@ -70,6 +72,8 @@ def held(sweep: Sweep, folder: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"cannot make the folder {folder}: {error}") from error
     try:
+        for leftover in folder.glob(".new-*"):  # of a killed driver
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         text = yaml.safe_dump(_asked(sweep), sort_keys=False, allow_unicode=True)
         write_text(folder / "sweep.yaml", text)
         yield
@@ -95,11 +99,3 @@ def _identity(asked: Mapping[str, Any]) -> dict[str, Any]:
     tune = {**dataclasses.asdict(TuneConfig()), **(asked.get("tune") or {})}
     named = {**asked, "tune": {k: v for k, v in tune.items() if k not in _OF_PLACES}}
     return json.loads(json.dumps(named, default=str))
-
-
-def remove_stillborn(folder: Path) -> None:
-    """A trial killed before its manifest was written has nothing to go on from."""
-    if not folder.is_dir() or trial_status(folder) != "missing":
-        return
-    if all(e.name in (".lock", "config.yaml") or e.name[:5] == ".new-" for e in folder.iterdir()):
-        shutil.rmtree(folder)

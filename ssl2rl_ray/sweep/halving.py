@@ -70,7 +70,8 @@ def halving(sweep: Sweep, folder: Path, stop: Path) -> Any:
     def decide(name: str, step: float, value: float) -> None:
         trial: Any = SimpleNamespace(trial_id=name)  # ours: the same after a restart
         nobody: Any = None
-        if asha.on_trial_result(nobody, trial, {_STEP: step, _VALUE: value}) == ASHAScheduler.STOP:
+        said = asha.on_trial_result(nobody, trial, {_STEP: step, _VALUE: value})
+        if said == ASHAScheduler.STOP and step < total:  # a last row may be the first past a rung
             _sign(stop, name).touch()
 
     begun = [name for name in sweep.trials if trial_status(folder / name) != "missing"]

@@ -12,18 +12,20 @@ from typing import Any
 
 from ssl2rl_ray.runs import RunDirectory
 from ssl2rl_ray.sweep.file import Sweep
-from ssl2rl_ray.sweep.folder import DONE, trial_status
+from ssl2rl_ray.sweep.folder import DONE, check_folder, trial_status
 from ssl2rl_ray.sweep.room import find_room, in_words, need_of, num_concurrent
 
 _MAX_MEASURED = 20
 """Finished trials that are looked at for an estimate."""
 
 
-def plan(sweep: Sweep, out: Path) -> dict[str, Any]:
+def plan(sweep: Sweep, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """What ``run_sweep`` would do: of each trial its needs and how far it is, and an ``estimate``.
 
-    Raises ValueError where a trial does not fit, or the disk will not hold what the trials leave.
+    Raises ValueError where a trial does not fit, the disk will not hold what the trials leave, or
+    the folder is not for this sweep.
     """
+    check_folder(sweep, out.resolve(), resume or (out / "sweep.yaml").exists())
     room = find_room()
     num_at_once = num_concurrent(sweep, room)
     found = {name: trial_status(out / name) for name in sweep.trials}

@@ -82,9 +82,8 @@ class Try:
     """A point that was asked for, and what came of it."""
 
     point: Point
-    status: str
     value: float | None
-    """Its best; None: not there (yet)."""
+    """Its best; None: not there (yet), or it failed."""
 
 
 def _tries(sweep: Sweep, folder: Path) -> list[Try]:
@@ -93,9 +92,9 @@ def _tries(sweep: Sweep, folder: Path) -> list[Try]:
     tries = []
     for name in sweep.trials:
         if (noted := folder / "points" / f"{name}.json").exists():
-            status = trial_status(folder / name)
-            value = best_of(folder / name, metric, mode) if status in DONE else None
-            tries.append(Try(point=json.loads(noted.read_text()), status=status, value=value))
+            is_done = trial_status(folder / name) in DONE
+            value = best_of(folder / name, metric, mode) if is_done else None
+            tries.append(Try(point=json.loads(noted.read_text()), value=value))
     return tries
 
 
@@ -132,15 +131,18 @@ def learning_rows(folder: Path, metric: str) -> Iterator[Told]:
             yield found
 
 
-def best_of(folder: Path, metric: str, mode: str) -> float:
-    """The best value of a run's metric; raises ValueError where it has none."""
+def best_of(folder: Path, metric: str, mode: str) -> float | None:
+    """The best value of a run's metric, None where none is a number; ValueError: no such metric."""
     values = [row.value for row in learning_rows(folder, metric)]
-    if not values:
-        known = ", ".join(map(str, RunDirectory.open(folder).metrics().columns))
+    if values:
+        return max(values) if mode == "max" else min(values)
+    known = list(map(str, RunDirectory.open(folder).metrics().columns))
+    if metric not in known:
         raise ValueError(
-            f"tune.metric: the metrics of {folder.name} have no {metric!r}; they have {known}"
+            f"tune.metric: the metrics of {folder.name} have no {metric!r}; they have "
+            + ", ".join(known)
         )
-    return max(values) if mode == "max" else min(values)
+    return None
 
 
 # ---- Optuna --------------------------------------------------------------------------------------
@@ -151,8 +153,8 @@ def ask(space: Mapping[str, Any], tries: Sequence[Try], seed: Sequence[int], *, 
 
     Args:
         space: of distributions alone.
-        tries: what was asked for before; those without a value yet count as bad ones, so that the
-            same is not asked for twice.
+        tries: what was asked for before; those without a value count as bad ones, so that the
+            same is not asked for twice, nor what makes trials fail.
         seed: whole numbers.
         mode: ``max`` or ``min``.
     """
@@ -167,17 +169,12 @@ def ask(space: Mapping[str, Any], tries: Sequence[Try], seed: Sequence[int], *, 
     distributions = {name: _distribution(line) for name, line in space.items()}
     states = optuna.trial.TrialState
     for known in tries:
-        is_failed = known.status == "failed"
         study.add_trial(
             optuna.trial.create_trial(
                 params={name: _parameter(space[name], known.point[name]) for name in space},
                 distributions=distributions,
                 value=known.value,
-                state=states.COMPLETE
-                if known.value is not None
-                else states.FAIL
-                if is_failed
-                else states.RUNNING,
+                state=states.RUNNING if known.value is None else states.COMPLETE,
             )
         )
     asked = study.ask(distributions).params

@@ -25,14 +25,7 @@ from ssl2rl_ray.launch import run_config
 from ssl2rl_ray.local_ray import local_ray
 from ssl2rl_ray.runs import Stop, on_interrupt, stopped_by
 from ssl2rl_ray.sweep.file import Sweep
-from ssl2rl_ray.sweep.folder import (
-    DONE,
-    check_folder,
-    held,
-    remove_stillborn,
-    trial_status,
-    unfinished,
-)
+from ssl2rl_ray.sweep.folder import DONE, check_folder, held, trial_status, unfinished
 from ssl2rl_ray.sweep.halving import halving, reporter
 from ssl2rl_ray.sweep.plan import check_disk, estimate
 from ssl2rl_ray.sweep.room import cluster_room, find_room, need_of, num_concurrent, own_cpus
@@ -89,7 +82,7 @@ def run_sweep(
     folder = Path(out).resolve()
     check_folder(sweep, folder, resume)
     reasons: dict[str, dict[str, Any]] = {}
-    todo = unfinished(sweep, folder)
+    todo = was_todo = unfinished(sweep, folder)
     if todo:
         found = {name: trial_status(folder / name) for name in sweep.trials}
         check_disk(estimate(sweep, folder, found, 1), folder)
@@ -102,7 +95,8 @@ def run_sweep(
                 told = on_event or (lambda event: None)
                 if todo:  # a trial of a killed driver may have come to its end in the meantime
                     reasons = _run_trials(sweep, folder, todo, num_trials, argv, told)
-                    _write_means(folder)
+    if was_todo or not (folder / "tensorboard").is_dir():  # killed between the two, perhaps
+        _write_means(folder)
     found = {name: trial_status(folder / name) for name in sweep.trials}
     return {
         "out": str(folder),
@@ -148,8 +142,6 @@ def _run_trials(
     on_event: Callable[[Event], None],
 ) -> dict[str, dict[str, Any]]:
     """Takes the trials to their ends; returns of each that failed the ``reason``."""
-    for name in todo:
-        remove_stillborn(folder / name)
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     with _quiet():
@@ -264,7 +256,8 @@ class _Hall:
             self._tell((name, {"status": "running"}))
 
     def left(self, name: str, message: dict[str, Any]) -> None:
-        if name in self._inside:
+        # Who never came in is told, too, where Tune could not begin it.
+        if name in self._inside or message["status"] == "failed":
             self._inside.discard(name)
             self._tell((name, message))
 
@@ -293,8 +286,8 @@ class _Hall:
 
             def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
                 reason = (
-                    "its process died (killed, or out of memory); a resumed sweep goes on from its "
-                    "last checkpoint"
+                    "its process died (killed, or out of memory) or could not be begun; a resumed "
+                    "sweep goes on from its last checkpoint"
                 )
                 hall.left(trial.config["trial"], {"status": "failed", "reason": reason})
 
@@ -338,12 +331,13 @@ def _trial(point: dict[str, str], task: dict[str, Any]) -> dict[str, Any]:
     try:
         if stop.exists():
             return {"status": "interrupted"}
-        is_begun = _wait_for_orphan(folder)
+        if (status := _wait_for_orphan(folder)) in DONE:  # by it, or before this process took over
+            return {"status": status}
         with stopped_by(stopping):
             run_config(
                 config_of(sweep, task["folder"], name),
                 folder,
-                resume=is_begun,
+                resume=status != "missing",
                 argv=task["argv"],
                 progress=reporter(sweep, stop, name, stopping),
             )
@@ -358,12 +352,12 @@ def _trial(point: dict[str, str], task: dict[str, Any]) -> dict[str, Any]:
     return {"status": "finished"}
 
 
-def _wait_for_orphan(folder: Path) -> bool:
-    """Whether there is a run to go on with, once a trial of a killed driver has let go of it."""
+def _wait_for_orphan(folder: Path) -> str:
+    """The status of the run, once a trial of a killed driver has let go of it."""
     deadline = time.monotonic() + _WAIT_FOR_ORPHANS_S
     while (status := trial_status(folder)) == "running" and time.monotonic() < deadline:
         time.sleep(0.2)
-    return status != "missing"
+    return status
 
 
 @contextlib.contextmanager
