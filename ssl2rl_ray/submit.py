@@ -28,6 +28,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import file_digest
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -375,7 +376,7 @@ def authentication_mode(address: str) -> str | None:
     try:
         with urllib.request.build_opener(*handlers).open(url, timeout=10) as reply:
             return json.load(reply).get("authentication_mode")
-    except (urllib.error.HTTPError, ValueError, AttributeError):
+    except (urllib.error.HTTPError, HTTPException, ValueError, AttributeError):
         return None
 
 

@@ -486,6 +486,23 @@ def test_an_address_that_is_no_dashboard_s_is_told(address, no_token):
         connect(address)
 
 
+def test_a_port_that_speaks_no_http_is_told(no_token, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # such as 6379
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(b"\0\0\6\4 no HTTP\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ValueError, match="does not say that it is a Ray dashboard"):
+            connect(f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+
+
 def test_nobody_at_the_address_is_told(no_token):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -913,4 +930,4 @@ def test_a_job_without_the_token_is_refused_by_a_cluster_that_our_files_started(
     others = [a[4][0] for a in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)]
     for other in set(others) - {"127.0.0.1", "127.0.1.1"}:  # from another machine: nobody there
         with pytest.raises(OSError):
-            socket.create_connection((other, port), timeout=5)
+            socket.create_connection((str(other), port), timeout=5)
