@@ -69,7 +69,7 @@ LOOP = [
     "rl.num_envs_per_runner=4",
     "rl.num_validation_sessions=2",
     "rl.num_torch_threads=1",
-    "loop.methods=[planner, ssl2rl-120]",
+    "loop.methods=[ssl2rl-120]",
     "loop.num_rounds=1",
     "loop.durations_min=[30]",
     "loop.num_rollouts=2",
@@ -100,7 +100,7 @@ COMMANDS = {
     "sfx": (
         "sfx simulate --preset clean --frames 12 --seed {seed} --out frames",
         "sfx index --data frames --json index.json",
-        "sfx compare --seeds 2 --frames 30 --budget-frames 200 --race-frames 10 --seed {seed} "
+        "sfx compare --seeds 1 --frames 30 --budget-frames 100 --race-frames 10 --seed {seed} "
         "--against rules,gp-warm-free --json compare.json",
     ),
 }
