@@ -419,6 +419,8 @@ def follow(client: Any, job_id: str, write: Callable[[str], Any]) -> dict[str, A
     Raises:
         OSError: the cluster has not answered for a minute. The job goes on if the cluster does.
     """
+    from aiohttp import ClientError  # neither OSError nor RuntimeError, most of them
+
     num_written = 0
 
     async def tail() -> None:
@@ -430,18 +432,26 @@ def follow(client: Any, job_id: str, write: Callable[[str], Any]) -> dict[str, A
                 write(new)
                 num_written += len(new)
 
+    def is_told_to_its_end() -> bool:
+        try:
+            asyncio.run(tail())
+        except (OSError, RuntimeError, ClientError):
+            return False
+        return True
+
     deadline = time.monotonic() + _PATIENCE_S
     while True:
-        with contextlib.suppress(OSError, RuntimeError):
-            asyncio.run(tail())
+        is_whole = is_told_to_its_end()
         try:
             info = client.get_job_info(job_id)
             deadline = time.monotonic() + _PATIENCE_S
-        except OSError:
+        except (OSError, RuntimeError) as error:  # the latter: an answer of 500 and the like
             if time.monotonic() > deadline:
-                raise
+                raise OSError(str(error)) from error
         else:
             if info.status.is_terminal():
+                if not is_whole:  # the line broke, and the job ended before it was made again
+                    is_told_to_its_end()
                 break
         time.sleep(0.5)
     status, code = info.status.value, info.driver_exit_code

@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import aiohttp
 import pytest
 import yaml
 from hypothesis import given
@@ -579,6 +580,44 @@ def test_however_often_the_line_breaks_each_letter_of_the_logs_is_written_once(c
         patch.setattr(jobs.time, "sleep", lambda seconds: None)
         assert follow(Breaking(), "id", written.append)["exit_code"] == 0
     assert "".join(written) == text
+
+
+def test_a_line_that_breaks_as_the_job_ends_costs_no_log(monkeypatch):
+    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
+    tails = iter([("one ", True), ("one two ", True), ("one two three", False)])
+    over = SimpleNamespace(value="SUCCEEDED", is_terminal=lambda: True)
+    infos = iter([None, SimpleNamespace(status=over, driver_exit_code=0, message="")])
+
+    class Breaking:
+        async def tail_job_logs(self, job_id: str):
+            text, is_cut = next(tails)
+            yield text
+            if is_cut:
+                raise aiohttp.ServerDisconnectedError
+
+        def get_job_info(self, job_id: str) -> SimpleNamespace:
+            if (info := next(infos)) is None:
+                raise RuntimeError("Request failed with status code 503")
+            return info
+
+    written: list[str] = []
+    assert follow(Breaking(), "id", written.append)["exit_code"] == 0
+    assert "".join(written) == "one two three"
+
+
+def test_a_cluster_that_answers_with_errors_alone_is_out_of_reach_in_the_end(monkeypatch):
+    monkeypatch.setattr(jobs, "_PATIENCE_S", -1.0)
+
+    class Failing:
+        async def tail_job_logs(self, job_id: str):
+            raise aiohttp.ServerDisconnectedError
+            yield
+
+        def get_job_info(self, job_id: str) -> SimpleNamespace:
+            raise RuntimeError("Request failed with status code 503")
+
+    with pytest.raises(OSError, match="503"):
+        follow(Failing(), "id", print)
 
 
 class Silent:
