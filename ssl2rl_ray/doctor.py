@@ -79,7 +79,10 @@ def doctor(
     storage = storage or os.environ.get("SSL2RL_STORAGE")
     with local_ray(2):
         where, nodes, dashboard = look(storage, num_nodes)
-        mode = authentication_mode(f"http://{dashboard}") if dashboard else None
+        mode = None
+        if dashboard:
+            with contextlib.suppress(OSError):  # it is on loopback, of another node
+                mode = authentication_mode(f"http://{dashboard}")
     return _report(where, nodes, judge(nodes, storage, num_nodes, dashboard, mode))
 
 

@@ -760,6 +760,14 @@ def test_a_doctor_whose_job_cannot_run_says_why(monkeypatch, tmp_path):
     assert doctor("http://127.0.0.1:1")["num_problems"] == 0
 
 
+def test_the_doctor_needs_no_dashboard_on_its_own_node(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setattr(doctors, "local_ray", lambda num_cpus: contextlib.nullcontext())
+    monkeypatch.setattr(doctors, "look", lambda *_: ("here", [HEALTHY], f"127.0.0.1:{port}"))
+    assert doctor(storage="/shared")["num_problems"] == 0
+
+
 def test_a_node_says_what_is_judged_and_finds_crystfel(tmp_path, monkeypatch):
     (tmp_path / "indexamajig").write_text("#!/bin/sh\necho CrystFEL: 0.11.1\n")
     (tmp_path / "indexamajig").chmod(0o755)
