@@ -110,7 +110,8 @@ def job_of(
         archive: where the zip file is kept; None = ``runs/submitted/NAME-DIGEST.zip``.
 
     Raises:
-        ValueError: a mistake in the config, data that are not there, or more than Ray takes.
+        ValueError: a mistake in the config, data that are not there or link to what does not go
+            along, or more than Ray takes.
     """
     out = os.path.normpath(out or f"{Path(config).stem}-{datetime.now():%Y%m%d-%H%M%S}")
     if out.split(os.sep)[0] in ("..", "."):
@@ -194,14 +195,34 @@ def _files(source: Path, name: str) -> Files:
     """A file, or every file of a folder, by its path in the archive."""
     if source.is_file():
         return {name: source}
-    found: Files = {}
-    for folder, below, files in os.walk(source):
-        below[:] = sorted(set(below) - {"__pycache__"})
-        for file in sorted(files):
-            path = Path(folder, file)
-            if path.is_file() and path.suffix != ".pyc":
-                found[f"{name}/{path.relative_to(source).as_posix()}"] = path
-    return found
+    return {
+        f"{name}/{path.relative_to(source).as_posix()}": path
+        for path in _walk(source)
+        if path.is_file() and path.suffix != ".pyc"
+    }
+
+
+def _walk(source: Path) -> Iterator[Path]:
+    """Files and folders below a folder, through links; nothing hidden, such as ``.env``."""
+    for folder, below, files in os.walk(source, followlinks=True):
+        below[:] = sorted(name for name in below if name[0] != "." and name != "__pycache__")
+        yield from (Path(folder, name) for name in (*below, *sorted(files)) if name[0] != ".")
+
+
+def _check_links(field: str, source: Path) -> None:
+    """Raises ValueError for a link out of the folder, to what is hidden there, or in a circle."""
+    root = os.path.realpath(source)
+    for path in _walk(source):
+        if not path.is_symlink():
+            continue
+        target = Path(os.path.realpath(path))
+        inside = target.relative_to(root).parts if target.is_relative_to(root) else (".",)
+        is_circle = str(target) in map(os.path.realpath, path.parents)
+        if is_circle or not target.exists() or any(part.startswith(".") for part in inside):
+            raise ValueError(
+                f"{field}: {path} is a link to {target}, which does not go along; put a copy in "
+                "its place, or name the data by an absolute path that every node has"
+            )
 
 
 def _size(source: Path | bytes) -> int:
@@ -227,6 +248,7 @@ def _data(runs: Sequence[RunConfig]) -> tuple[dict[str, Path], tuple[str, ...]]:
                 f"{field}: there is no {path} here; a relative path is sent along with the job, an "
                 "absolute one is looked for on the nodes"
             )
+        _check_links(field, Path(path))
         carried[name] = Path(path)
     return carried, tuple(expected)
 

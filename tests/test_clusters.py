@@ -322,6 +322,27 @@ def test_relative_data_go_along_and_absolute_ones_are_expected_on_the_nodes(here
             job_of("run.yaml", "/shared/x")
 
 
+def test_nothing_leaves_that_is_hidden_or_only_linked_to(here):
+    data = here / "sets" / "one"
+    (data / "images").mkdir(parents=True)
+    (data / "images" / "a").write_bytes(b"a")
+    (data / ".git").mkdir()
+    for secret in (here / "secret", data / ".env", data / ".git" / "config"):
+        secret.write_text("secret")
+    (data / "same").symlink_to("images/a")
+    (data / "again").symlink_to("images")
+    (here / "run.yaml").write_text("{kind: navigation, data: {train: [sets/one]}}")
+    sent = [name for name in names_in(job_of("run.yaml", "/x")) if name.startswith("sets/")]
+    assert sent == [f"sets/one/{name}" for name in ("again/a", "images/a", "same")]
+    for target in ("../../secret", "../..", "gone", ".env", ".git/config", ".", "images/up"):
+        (data / "images" / "up").symlink_to(".." if target == "images/up" else "a")
+        (data / "link").symlink_to(target)
+        with pytest.raises(ValueError, match=r"train: sets/one/.* is a link to .*put a copy"):
+            job_of("run.yaml", "/x")
+        (data / "link").unlink()
+        (data / "images" / "up").unlink()
+
+
 def test_every_field_that_names_a_file_is_looked_at():
     texts = set()
 
