@@ -101,6 +101,11 @@ def test_ray_s_own_schema_takes_the_cluster_files(file, monkeypatch):
     (mount,) = [k for k in config["file_mounts"] if "auth_token" in k]
     assert mount == config["file_mounts"][mount] == "~/.ray/auth_token"
     assert any("chmod 600 ~/.ray/auth_token" in c for c in config["setup_commands"])
+    (pip,) = [c for c in config["setup_commands"] if "ssl2rl-ray" in c]
+    (wanted,) = [mount for mount in config["file_mounts"] if mount.endswith("ssl2rl-ray")]
+    words = pip.replace("~", "$HOME").replace("$HOME/ssl2rl-venv/bin/pip", "echo")
+    said = subprocess.run(["bash", "-c", words], env={"HOME": "~"}, capture_output=True, text=True)
+    assert said.stdout == f"install --quiet {wanted}[bo]\n"
     checks = [*config["initialization_commands"], *config["setup_commands"]]
     assert any(c.startswith("test -w /shared/ssl2rl") for c in checks)
 
