@@ -104,15 +104,20 @@ def job_of(
             below the cluster's storage_path (SSL2RL_STORAGE, which the deployment files set for
             all of its processes). None = NAME-TIME there.
         overrides: as for ``--set``.
-        resume: go on with what is in ``out``.
+        resume: go on with what is in ``out``, which must be named then.
         num_gpus: of a run; a sweep's file says what its trials get.
         python: how the cluster's nodes call their Python.
         archive: where the zip file is kept; None = ``runs/submitted/NAME-DIGEST.zip``.
 
     Raises:
-        ValueError: a mistake in the config, data that are not there or link to what does not go
-            along, or more than Ray takes.
+        ValueError: nothing to resume, a mistake in the config, data that are not there or link to
+            what does not go along, or more than Ray takes.
     """
+    if resume and not out:
+        raise ValueError(
+            "--resume: name the --out to go on in; the line `results:` of the first submission has "
+            "it, without --out NAME-TIME"
+        )
     out = os.path.normpath(out or f"{Path(config).stem}-{datetime.now():%Y%m%d-%H%M%S}")
     if out.split(os.sep)[0] in ("..", "."):
         raise ValueError(f"--out {out}: name an absolute folder, or one below the storage_path")

@@ -373,6 +373,8 @@ def test_what_is_too_large_or_lost_is_refused_before_anything_is_sent(here, monk
     monkeypatch.setattr(jobs, "LIMIT_BYTES", 100_000)
     with pytest.raises(ValueError, match=r"to send, .* the largest: ssl2rl_ray \(\d"):
         job_of(SMOKE, "/shared/x")
+    with pytest.raises(ValueError, match="name the --out to go on in"):
+        job_of(SMOKE, resume=True)
     assert not (here / "runs").exists()
     assert main(["submit", str(SMOKE), "--dry-run"]) == 2
     assert "the largest: ssl2rl_ray" in capsys.readouterr().err
