@@ -754,7 +754,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--nodes", type=_positive(int), metavar="N", help="that there should be; waits for them"
     )
-    sub.add_argument("--python", default="python", help="of the nodes of URL (%(default)s)")
+    sub.add_argument("--python", metavar="PYTHON", help="of the nodes of URL (python)")
     with_json(sub)
 
     sub = command("evaluate", _evaluate, "play a policy and say what it earned")

@@ -57,7 +57,7 @@ def doctor(
     *,
     storage: str | None = None,
     num_nodes: int | None = None,
-    python: str = "python",
+    python: str | None = None,
 ) -> dict[str, Any]:
     """Examines a cluster, or this machine.
 
@@ -66,16 +66,22 @@ def doctor(
         storage: folder for results, which every node must see; None = the cluster's storage_path
             (SSL2RL_STORAGE), if it has one.
         num_nodes: that there should be; waited for.
-        python: how the nodes of ``address`` call theirs.
+        python: how the nodes of ``address`` call theirs; None = ``python``.
 
     Returns:
         ``where``, ``nodes`` (what each said), ``findings``, ``num_problems``, ``num_warnings``.
 
     Raises:
-        ValueError: nobody at the address, or no token for it (see ``submit.connect``).
+        ValueError: nobody at the address, or no token for it (see ``submit.connect``); ``python``
+            without ``address``.
     """
     if address is not None:
-        return _by_job(address, storage, num_nodes, python)
+        return _by_job(address, storage, num_nodes, python or "python")
+    if python is not None:
+        raise ValueError(
+            "--python is of the nodes behind --address, and none is named; this machine answers "
+            "by the Python that runs this command"
+        )
     storage = storage or os.environ.get("SSL2RL_STORAGE")
     with local_ray(2):
         where, nodes, dashboard = look(storage, num_nodes)

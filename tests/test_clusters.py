@@ -788,6 +788,11 @@ def test_a_doctor_whose_job_cannot_run_says_why(monkeypatch, tmp_path):
     assert doctor("http://127.0.0.1:1")["num_problems"] == 0
 
 
+def test_a_python_of_no_nodes_is_refused(capsys):
+    assert main(["doctor", "--python", "python3"]) == 2
+    assert "--python is of the nodes behind --address" in capsys.readouterr().err
+
+
 def test_the_doctor_needs_no_dashboard_on_its_own_node(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
