@@ -733,7 +733,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="which every node sees, or a name below the cluster's storage_path (NAME-TIME)",
     )
-    sub.add_argument("--set", action="append", default=[], metavar="a.b=c", help="repeatable")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="change a value, of a sweep base.a.b, space.a.b or tune.a; repeatable",
+    )
     sub.add_argument("--resume", action="store_true", help="go on with what is in DIR")
     sub.add_argument("--num-gpus", type=float, default=0, help="of a run (%(default)s)")
     sub.add_argument("--python", default="python", help="of the nodes (%(default)s)")
