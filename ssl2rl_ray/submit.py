@@ -38,7 +38,7 @@ import yaml
 from ssl2rl_ray.config import RunConfig, load_config
 from ssl2rl_ray.runs import git_revision
 from ssl2rl_ray.schema import read_yaml, to_dict
-from ssl2rl_ray.sweep import load_sweep
+from ssl2rl_ray.sweep import TuneConfig, load_sweep, need_of
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LIMIT_BYTES = 512 * 2**20
@@ -150,7 +150,7 @@ def job_of(
         Path(config).stem,
         archive,
         expected=expected,
-        num_cpus=0 if is_sweep else _num_threads(runs[0]),
+        num_cpus=0 if is_sweep else need_of(runs[0], TuneConfig()).num_cpus,
         num_gpus=num_gpus,
         out=out,
     )
@@ -268,12 +268,6 @@ def _paths(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield field, path
 
 
-def _num_threads(config: RunConfig) -> int:
-    """CPUs of a run's own process."""
-    sections = [section for section in to_dict(config).values() if isinstance(section, dict)]
-    return max((section.get("num_torch_threads") or 1 for section in sections), default=1)
-
-
 def _pack(
     contents: Mapping[str, Path | bytes], name: str, archive: str | os.PathLike[str] | None
 ) -> Path:
@@ -383,6 +377,11 @@ def connect(address: str) -> Any:
     try:
         return JobSubmissionClient(address, headers=headers)
     except AuthenticationError as error:
+        if not headers:
+            raise ValueError(
+                f"{address} asks for a token and was sent none, as RAY_AUTH_MODE=disabled is set "
+                "here: unset it (unset RAY_AUTH_MODE)"
+            ) from error
         raise ValueError(
             f"{address} does not take this token ({str(error).splitlines()[0]}): it must be the "
             "one that the cluster was started with (there: ray get-auth-token), in RAY_AUTH_TOKEN, "
