@@ -165,7 +165,8 @@ STAND_INS = {
     "scontrol": 'printf "node1\\nnode2\\n"',
     "hostname": "echo 127.0.0.1",
     "srun": r"""
-        echo "srun $* mode=$RAY_AUTH_MODE token=$(cat "$RAY_AUTH_TOKEN_PATH")" >>"$LOG"
+        token=$(cat "$RAY_AUTH_TOKEN_PATH")
+        echo "srun $* cpus=$SRUN_CPUS_PER_TASK mode=$RAY_AUTH_MODE token=$token" >>"$LOG"
         case "$*" in *"--head "*)
             port=$(sed 's/.*--port=\([0-9]*\).*/\1/' <<<"$*")
             exec "$PYTHON" -c "import socket, sys, time
@@ -231,7 +232,7 @@ def test_the_slurm_script_starts_ray_asks_the_doctor_and_ends_as_the_sweep_does(
     port = head.split(" --port=")[1].split()[0]
     assert f"--address=127.0.0.1:{port}" in worker
     for line in (head, worker):
-        assert f"--temp-dir=/tmp/ray-{os.getpid()}" in line and "mode=token" in line
+        assert f"--temp-dir=/tmp/ray-{os.getpid()}" in line and "cpus=4 mode=token" in line
         assert len(line.split("token=")[1]) == 64
     assert f"doctor --nodes 2 at=127.0.0.1:{port} for={out.parent}" in doctor
     assert f"sweep smoke.yaml --out {out} --resume at=127.0.0.1:{port}" in sweep
