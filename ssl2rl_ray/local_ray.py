@@ -27,11 +27,16 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     else:
         # "local": else Ray joins any cluster that it finds on this machine
         own = {"address": "local", "num_cpus": max(2, num_cpus), "include_dashboard": False}
+    mode = os.environ.get("RAY_AUTH_MODE")
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
     try:
         yield
     finally:
         ray.shutdown()
+        # A Ray of our own asks for a token, and leaves that behind for whatever this process starts
+        # or joins next: on a cluster without one, no actor would ever begin.
+        if mode is None:
+            os.environ.pop("RAY_AUTH_MODE", None)
 
 
 def _check_it_answers(address: str) -> None:

@@ -5,6 +5,7 @@ many times; here each failure has its moment, awaited, not slept for.
 """
 
 import contextlib
+import os
 import socket
 import subprocess
 import time
@@ -212,6 +213,7 @@ def test_wherever_a_disk_fills_up_the_run_says_so_and_goes_on_with_room(disk, tm
 def test_where_nothing_can_be_written_it_is_said_before_anything_is_trained(disk, tmp_path, capsys):
     run_config(trial(num_epochs=2), disk.folder / "run", progress=lambda row: None)
     before = results_of(disk.folder)
+    mode = os.environ.get("RAY_AUTH_MODE")
     disk.forbid_writing()
     assert results_of(disk.folder) == before  # who only reads is not kept away
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(CLASSIFIER))
@@ -224,21 +226,23 @@ def test_where_nothing_can_be_written_it_is_said_before_anything_is_trained(disk
         assert main([str(word) for word in words]) == 2
         said = capsys.readouterr().err
         assert "Read-only file system" in said and str(disk.folder) in said, said
+    # nor does the Ray that was started for it leave its token's mode to what is started next
+    assert os.environ.get("RAY_AUTH_MODE") == mode
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_sweep_whose_storage_is_full_ends_as_if_there_had_been_room(disk, tmp_path):
+def test_a_sweep_whose_storage_is_full_ends_as_if_there_had_been_room(hosts, disk, tmp_path):
     base = {**CLASSIFIER, "training": {**CLASSIFIER["training"], "num_epochs": 8}}
     path, out = write(tmp_path, base, [0, 1]), disk.folder / "out"
     disk.resize(200)
-    with begin(path, out, "") as driver:
+    with begin(path, out, hosts.address) as driver:
         said, _ = driver.communicate()
     assert driver.returncode == 1, said
     assert "failed seed-0: " in said and "No space left on device" in said
     disk.resize(65536)
-    with begin(path, out, "") as driver:
+    with begin(path, out, hosts.address) as driver:
         said, _ = driver.communicate()
     assert driver.returncode == 0 and "2 of 2 trials finished" in said, said
     assert results_of(out) == plain(path, tmp_path / "plain")
