@@ -28,7 +28,6 @@ import platform
 import re
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -726,7 +725,9 @@ def on_interrupt() -> Iterator[threading.Event]:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
-        print("interrupted: saving a checkpoint, then stopping", file=sys.stderr, flush=True)
+        # Not by print: the signal may have come in the middle of one, and streams take no second.
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted: saving a checkpoint, then stopping\n")
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl2rl_ray.config import NavigationRunConfig, load_config
-from ssl2rl_ray.runs import RunDirectory, RunError
+from ssl2rl_ray.runs import RunDirectory, RunError, on_interrupt
 
 CONFIG = NavigationRunConfig(seed=3)
 ROOT = Path(__file__).parents[1]
@@ -320,6 +322,7 @@ def test_a_failed_checkpoint_or_policy_leaves_the_earlier_one(tmp_path: Path) ->
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from ssl2rl_ray.config import NavigationRunConfig
 from ssl2rl_ray.runs import RunDirectory
 
@@ -356,3 +359,23 @@ def test_no_torch_and_no_ray_behind_data_config_and_runs() -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_ctrl_c_in_the_middle_of_a_print_is_noted(monkeypatch, capfd):
+    """A handler that printed would write to a stream within its own write: a RuntimeError."""
+
+    class Terminal(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any, /) -> int:
+            if not event.is_set():
+                signal.raise_signal(signal.SIGINT)
+            return len(data)
+
+    stream = io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True)
+    monkeypatch.setattr("sys.stderr", stream)
+    with on_interrupt() as event:
+        print("a row of progress", file=stream, flush=True)
+        assert event.is_set()
+    assert "interrupted: saving a checkpoint" in capfd.readouterr().err
